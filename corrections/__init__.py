@@ -1,0 +1,11 @@
+"""What is added to a solver: classical eddy viscosities, networks, and networks at a place.
+
+The table maps the short names of YAML to `module:name`; nothing is imported until it is asked for.
+"""
+
+if not __name__.startswith("hybridsim."):
+    # a second copy of every class would be made, and no isinstance would hold
+    raise ImportError("import hybridsim.corrections, not corrections: this folder is installed as a part of hybridsim")
+
+CLOSURES: dict[str, str] = {}
+"""`corrections[].use`: the closures."""

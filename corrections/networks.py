@@ -1,0 +1,89 @@
+"""(c, *grid) -> (c', *grid): bare networks, periodic, in one to three dimensions. They know no equation and no place."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from hybridsim.convolution import periodic_convolution
+
+ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "tanh": jnp.tanh, "silu": jax.nn.silu}
+
+
+class Convolution(eqx.Module):
+    """y = w ∗ u + b: one periodic convolution.
+
+    **Arguments:** `dims`, `channels_in`, `channels_out`, odd `kernel`, `dilation`, a random `key`; `zero` starts at w = b = 0.
+    Weights start as He-normal: variance 2 / (channels_in · kernel^dims) (He et al. 2015, doi:10.1109/ICCV.2015.123, eq. 10).
+    """
+
+    weights: Float[Array, "o i *kernel"]
+    bias: Float[Array, " o"]
+    dilation: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dims: int,
+        channels_in: int,
+        channels_out: int,
+        kernel: int = 3,
+        dilation: int = 1,
+        *,
+        key: PRNGKeyArray,
+        zero: bool = False,
+    ):
+        shape = (channels_out, channels_in) + (kernel,) * dims
+        scale = 0.0 if zero else (2 / (channels_in * kernel**dims)) ** 0.5
+        self.weights = scale * jax.random.normal(key, shape, jnp.float32)
+        self.bias = jnp.zeros((channels_out,), jnp.float32)
+        self.dilation = dilation
+
+    def __call__(self, u: Float[Array, "i *grid"]) -> Float[Array, "o *grid"]:
+        y = periodic_convolution(u, self.weights.astype(u.dtype), self.dilation)
+        return y + self.bias.astype(u.dtype).reshape(-1, *(1,) * (u.ndim - 1))
+
+
+class CNN(eqx.Module):
+    """y = W_d σ(W_{d−1} … σ(W_1 u)): a plain periodic convolutional network.
+
+    **Arguments:**
+
+    - `dims`: space dimensions.
+    - `channels_in`, `channels_out`.
+    - `width`: channels of the hidden layers; `depth`: number of hidden layers; `kernel`: odd.
+    - `activation`: σ, one of relu, gelu, tanh, silu.
+
+    The last layer starts at zero, so that an untrained closure is no closure. Reach: (depth + 1)(kernel − 1)/2 cells.
+    """
+
+    layers: tuple[Convolution, ...]
+    activation: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dims: int,
+        channels_in: int,
+        channels_out: int,
+        width: int = 16,
+        depth: int = 3,
+        kernel: int = 3,
+        activation: Literal["relu", "gelu", "tanh", "silu"] = "gelu",
+        *,
+        key: PRNGKeyArray,
+    ):
+        sizes = [channels_in] + [width] * depth + [channels_out]
+        keys = jax.random.split(key, len(sizes) - 1)
+        last = len(sizes) - 2
+        self.layers = tuple(
+            Convolution(dims, a, b, kernel, key=k, zero=i == last)
+            for i, (a, b, k) in enumerate(zip(sizes[:-1], sizes[1:], keys, strict=True))
+        )
+        self.activation = activation
+
+    def __call__(self, u: Float[Array, "i *grid"]) -> Float[Array, "o *grid"]:
+        for layer in self.layers[:-1]:
+            u = ACTIVATIONS[self.activation](layer(u))
+        return self.layers[-1](u)

@@ -1,0 +1,346 @@
+"""u(t + n Δt) = Φⁿ(u(t)): one coarse step, and rollouts through thousands of them in bounded memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from hybridsim.contract import (
+    AbstractClosure,
+    AbstractSolver,
+    AbstractStepper,
+    Flux,
+    PostStep,
+    Source,
+    View,
+    place_of,
+)
+
+Evaluate = str | int
+"""`"stage"`, `"step"` or a whole number n of solver steps for which a closure's output is held."""
+
+
+class State(eqx.Module):
+    """(u, t, carry): the fields of one moment and all that a run needs to go on exactly as it would have.
+
+    - `u`: the channels in physical space.
+    - `step`: model steps taken so far.
+    - `t`: time, t₀ + step · Δt, in double precision on the host.
+    - `carry`: closures' memory and random keys, the forcing ledger; None before the first step.
+    """
+
+    u: Float[Array, "c *grid"]
+    step: Int[Array, ""] | int = 0
+    t: float = eqx.field(default=0.0)
+    carry: PyTree = None
+
+
+class Prepared(NamedTuple):
+    """What a rollout computes once: the solver with its constant arrays, and the stepper's coefficients."""
+
+    solver: AbstractSolver
+    coefficients: PyTree
+    dt: Array
+
+
+def _compensated_add(total: tuple[Array, Array], value: Array) -> tuple[Array, Array]:
+    """(sum, lost) + value without losing low bits (Neumaier 1974, doi:10.1002/zamm.19740540106)."""
+    high, low = total
+    new = high + value
+    lost = jnp.where(jnp.abs(high) >= jnp.abs(value), (high - new) + value, (value - new) + high)
+    return new, low + lost
+
+
+class Model(eqx.Module):
+    """z ← Φ(z): one model step, `substeps` solver steps of size Δt with the closures in their places.
+
+    **Arguments:**
+
+    - `solver`, `stepper`: how the equation is discretised in space and in time.
+    - `dt`: Δt of one solver step, a time; a model step advances `substeps · dt`.
+    - `closures`: closures, in the order in which they are added up.
+    - `evaluate`: per closure (or one for all) `"stage"`, `"step"` or n, the solver steps for which its output is held; n divides
+      `substeps`, so that nothing held crosses a model step.
+    - `substeps`: solver steps per model step.
+
+    A held contribution is constant in every stage: first order in time. Wrong places are refused here, before any tracing.
+    """
+
+    solver: AbstractSolver
+    stepper: AbstractStepper
+    dt: float = eqx.field(static=True, converter=float)
+    closures: tuple[AbstractClosure, ...] = eqx.field(default=(), converter=tuple)
+    evaluate: tuple[Evaluate, ...] = eqx.field(static=True, default=())
+    substeps: int = eqx.field(static=True, default=1)
+
+    def __post_init__(self):
+        given: Any = self.evaluate
+        if isinstance(given, str | int):
+            given = (given,) * len(self.closures)
+        elif not given:
+            given = ("step",) * len(self.closures)
+        self.evaluate = tuple(1 if e == "step" else e for e in given)
+
+    def __check_init__(self):
+        if not (np.isfinite(self.dt) and self.dt > 0):
+            raise ValueError(f"dt: the time step must be positive and finite, found {self.dt}")
+        if not isinstance(self.substeps, int) or self.substeps < 1:
+            raise ValueError(f"substeps: needs a positive whole number, found {self.substeps!r}")
+        if len(self.evaluate) != len(self.closures):
+            raise ValueError(f"evaluate: {len(self.evaluate)} entries for {len(self.closures)} closures")
+        if self.stepper.needs_linear and self.solver.linear() is None:
+            raise ValueError(
+                f"stepper: {type(self.stepper).__name__} needs a linear part, which {type(self.solver).__name__} does not offer; "
+                "use an explicit one: forward_euler, ssprk2 or ssprk3"
+            )
+        for i, (closure, when) in enumerate(zip(self.closures, self.evaluate, strict=True)):
+            place = place_of(closure)
+            if place not in self.solver.places:
+                offered = ", ".join(p.__name__ for p in self.solver.places)
+                raise ValueError(
+                    f"corrections[{i}]: {type(closure).__name__} is a {place.__name__} closure, which {type(self.solver).__name__} "
+                    f"does not take; it takes {offered}"
+                )
+            if when == "stage":
+                if place is PostStep:
+                    raise ValueError(f"corrections[{i}].evaluate: a PostStep closure acts after steps, not stages")
+            elif not isinstance(when, int) or when < 1 or self.substeps % when:
+                raise ValueError(
+                    f"corrections[{i}].evaluate: needs 'stage', 'step' or a number of solver steps that divides substeps = "
+                    f"{self.substeps}, found {when!r}"
+                )
+
+    @property
+    def step_time(self) -> float:
+        """The time that one model step advances."""
+        return self.dt * self.substeps
+
+    def prepare(self, dtype: Any) -> Prepared:
+        """Constants and coefficients in `dtype`; call it outside the scan."""
+        solver = self.solver.prepare(dtype)
+        return Prepared(solver, self.stepper.prepare(solver, self.dt, dtype), jnp.asarray(self.dt, dtype))
+
+    def init_carry(self, u: Float[Array, "c *grid"], seed: int | Array = 0) -> PyTree:
+        """Every slot that a run carries, at its start. `seed` (an int or a key) feeds the stochastic closures."""
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        view = View(u, jnp.zeros((), u.dtype), jnp.asarray(self.dt, u.dtype), self.solver.prepare(u.dtype))
+        closures = []
+        for i, closure in enumerate(self.closures):
+            slot: dict[str, Any] = {}
+            memory = closure.init_memory(view)
+            if memory is not None:
+                if self.evaluate[i] == "stage":
+                    raise ValueError(f"corrections[{i}].evaluate: a closure with memory cannot be evaluated at every stage")
+                slot["memory"] = memory
+            if closure.stochastic:
+                slot["key"] = jax.random.fold_in(key, i)
+            closures.append(slot)
+        zero = jnp.zeros((u.shape[0],), u.dtype)
+        return {"closures": closures, "ledger": (zero, zero), "start": jnp.zeros((), u.dtype)}
+
+    # -- one step ---------------------------------------------------------------------------------------------------------------
+
+    def _call(self, i: int, view: View, slot: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """One evaluation of closure i, and its slot afterwards."""
+        closure = self.closures[i]
+        new = dict(slot)
+        key = None
+        if "key" in slot:
+            new["key"], key = jax.random.split(slot["key"])
+        with jax.named_scope(type(closure).__name__):
+            out = closure(view, slot.get("memory"), key)
+        if "memory" in slot:
+            out, new["memory"] = out
+        return out, new
+
+    def _shape_check(self, i: int, out: Array, place: type, view: View) -> None:
+        c = len(view.variables)
+        want = (view.grid.ndim, c, *view.grid.shape) if place is Flux else (c, *view.grid.shape)
+        if out.shape != want:
+            raise ValueError(f"corrections[{i}]: {type(self.closures[i]).__name__} must return shape {want}, found {out.shape}")
+
+    def _contribution(self, which: Sequence[int], view: View, slots: list[dict[str, Any]]) -> tuple[PyTree, list[dict[str, Any]]]:
+        """Σ of the outputs of the closures `which`, in the solver's own form; None if there are none."""
+        flux = source = None
+        slots = list(slots)
+        for i in which:
+            place = place_of(self.closures[i])
+            out, slots[i] = self._call(i, view, slots[i])
+            self._shape_check(i, out, place, view)
+            out = out.astype(view.u.dtype)
+            if place is Flux:
+                flux = out if flux is None else flux + out
+            else:
+                source = out if source is None else source + out
+        if flux is None and source is None:
+            return None, slots
+        return view.solver.receive(flux, source), slots
+
+    def _solver_steps(self, prepared: Prepared, z: PyTree, slots: list, t: Array, count: int) -> tuple[PyTree, list]:
+        """`count` solver steps in a row, unrolled."""
+        solver, coefficients, dt = prepared
+        tendencies = [i for i, c in enumerate(self.closures) if isinstance(c, Flux | Source)]
+        staged = [i for i in tendencies if self.evaluate[i] == "stage"]
+        afterwards = [i for i, c in enumerate(self.closures) if isinstance(c, PostStep)]
+        held: dict[int, PyTree] = {}
+        for k in range(count):
+            now = t + k * dt
+            groups: dict[int, list[int]] = {}
+            for i in tendencies:
+                n = self.evaluate[i]
+                if isinstance(n, int) and k % n == 0:
+                    groups.setdefault(n, []).append(i)
+            if groups:
+                view = View(solver.decode(z), now, dt, solver)
+                for n, which in groups.items():
+                    held[n], slots = self._contribution(which, view, slots)
+            constant = _sum([part for part in held.values() if part is not None])
+
+            def tendency(q, time, constant=constant, slots=slots):
+                if not staged:
+                    return constant
+                part, _ = self._contribution(staged, View(solver.decode(q), time, dt, solver), slots)
+                return _sum([p for p in (constant, part) if p is not None])
+
+            with jax.named_scope(type(self.stepper).__name__):
+                z = self.stepper(solver, coefficients, z, now, dt, tendency)
+            for i in staged:
+                if "key" in slots[i]:
+                    slots = [*slots[:i], {**slots[i], "key": jax.random.split(slots[i]["key"])[0]}, *slots[i + 1 :]]
+            for i in afterwards:
+                if (k + 1) % self.evaluate[i] == 0:  # pyright: ignore[reportOperatorIssue]
+                    u = solver.decode(z)
+                    out, changed = self._call(i, View(u, now + dt, dt, solver), slots[i])
+                    slots = [*slots[:i], changed, *slots[i + 1 :]]
+                    self._shape_check(i, out, PostStep, View(u, now, dt, solver))
+                    z = {**solver.encode(u + out.astype(u.dtype)), "injected": z["injected"]}
+        return z, slots
+
+    def __call__(
+        self, z: PyTree, carry: PyTree, step: Int[Array, ""], prepared: Prepared | None = None
+    ) -> tuple[PyTree, PyTree, Int[Array, ""]]:
+        """One model step of the solver's own representation: (z, carry, step) -> (z, carry, step + 1)."""
+        dtype = carry["start"].dtype
+        prepared = self.prepare(dtype) if prepared is None else prepared
+        t = carry["start"] + step.astype(dtype) * (prepared.dt * self.substeps)
+        block = int(np.lcm.reduce([e for e in self.evaluate if isinstance(e, int)] or [1]))
+        slots = carry["closures"]
+        if self.substeps == block:
+            z, slots = self._solver_steps(prepared, z, slots, t, block)
+        else:
+
+            def body(state, k):
+                z, slots = state
+                return self._solver_steps(prepared, z, slots, t + k * block * prepared.dt, block), None
+
+            blocks = jnp.arange(self.substeps // block).astype(dtype)
+            (z, slots), _ = jax.lax.scan(body, (z, slots), blocks)
+        z, injected = prepared.solver.collect(z)
+        ledger = _compensated_add(carry["ledger"], injected)
+        return z, {**carry, "closures": slots, "ledger": ledger}, step + 1
+
+
+def _sum(parts: list[PyTree]) -> PyTree | None:
+    if not parts:
+        return None
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
+
+
+class Trajectory(eqx.Module):
+    """u(t₁), …, u(t_F): frames of one rollout, the state at its end, and where and when they are.
+
+    - `u`: frames `(frame, c, *grid)`.
+    - `t`: their times, float64 on the host.
+    - `final`: the `State` to go on from.
+    """
+
+    u: Float[Array, "frame c *grid"]
+    t: np.ndarray = eqx.field(static=True)
+    final: State
+    solver: AbstractSolver
+
+    def to_xarray(self):
+        """The frames as an `xarray.Dataset` with coordinates and units (one sample)."""
+        from hybridsim.diagnostics import field_dataset
+
+        return field_dataset(np.asarray(self.u)[None], self.t, self.solver.grid, self.solver.variables, {})
+
+
+def nested_scan(body: Callable, init: PyTree, length: int, levels: int, unroll_last: bool = False) -> tuple[PyTree, PyTree]:
+    """`lax.scan(body, init, None, length)` whose gradient keeps about levels · length^(1/levels) states instead of `length`.
+
+    `levels` 0 stores everything, 1 checkpoints each step, 2 nests a checkpointed scan in a checkpointed scan, and so on
+    (Griewank 1992, doi:10.1080/10556789208805505, with equal splits). Results are the same whatever `levels` is.
+    """
+    if levels <= 0:
+        return jax.lax.scan(body, init, None, length)
+    remat = jax.checkpoint(body, prevent_cse=False)
+    if levels == 1 or length < 4:
+        return jax.lax.scan(remat, init, None, length)
+    inner = max(2, round(length ** ((levels - 1) / levels)))
+    outer, rest = divmod(length, inner)
+
+    def block(state, _):
+        return nested_scan(body, state, inner, levels - 1)
+
+    state, ys = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), init, None, outer)
+    ys = jax.tree.map(lambda y: y.reshape(outer * inner, *y.shape[2:]), ys)
+    if rest:
+        state, tail = nested_scan(body, state, rest, levels - 1)
+        ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, tail)
+    return state, ys
+
+
+def advance(model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, count: int) -> tuple[PyTree, PyTree, Array]:
+    """`count` model steps of (z, carry, step), nothing stored on the way."""
+
+    def body(state, _):
+        return model(*state, prepared), None
+
+    state, _ = jax.lax.scan(body, (z, carry, step), None, count)
+    return state
+
+
+def frames_of(
+    model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, frames: int, every: int, levels: int
+) -> tuple[tuple[PyTree, PyTree, Array], Float[Array, "frame c *grid"]]:
+    """`frames` decoded states, `every` model steps apart, with nested checkpointing on `levels` levels."""
+    inner_levels = levels if frames == 1 else max(0, levels - 1) if every > 1 else 0
+    outer_levels = levels if every == 1 else min(1, levels) if frames > 1 else 0
+
+    def step_body(state, _):
+        return model(*state, prepared), None
+
+    def frame_body(state, _):
+        if every == 1:
+            state, _ = step_body(state, None)
+        else:
+            state, _ = nested_scan(step_body, state, every, inner_levels)
+        return state, prepared.solver.decode(state[0])
+
+    return nested_scan(frame_body, (z, carry, step), frames, outer_levels)
+
+
+def rollout(
+    model: Model, start: State, frames: int, *, every: int = 1, checkpoint_levels: int = 0, seed: int | Array = 0
+) -> Trajectory:
+    """[Φ^every(u), Φ^(2 every)(u), …]: `frames` states after `start`, `every` model steps apart.
+
+    Differentiable in `start.u` and in every array of `model`. `checkpoint_levels`: 0 stores every stage of every step; 1 recomputes
+    each step in the backward pass; 2 keeps about 2 √(frames · every) states. The solver's own representation is kept from step to step: a final
+    `State` goes on exactly, in the sense of `encode(decode(z))`; use `frames_of` and `Model` directly to carry z itself.
+    """
+    if frames < 1 or every < 1:
+        raise ValueError(f"rollout: frames and every must be positive, found {frames} and {every}")
+    prepared = model.prepare(start.u.dtype)
+    carry = model.init_carry(start.u, seed) if start.carry is None else start.carry
+    step = jnp.asarray(start.step)
+    z = prepared.solver.encode(start.u)
+    (z, carry, step), u = frames_of(model, prepared, z, carry, step, frames, every, checkpoint_levels)
+    times = start.t + model.step_time * every * np.arange(1, frames + 1)
+    final = State(u[-1], step, float(times[-1]), carry)
+    return Trajectory(u, times, final, model.solver)

@@ -1,0 +1,235 @@
+"""ū(t) = restrict(u_fine(t)): fine runs, filtered to the coarse grids as they go, and kept under a hash of their recipe."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hybridsim import storage
+from hybridsim.contract import AbstractSolver, AbstractStepper
+from hybridsim.grid import Grid, resample
+
+COURANT = 0.5
+"""Courant number of every fine run; halving it changes the default reference by less than its resolution does."""
+
+Progress = Callable[[str, float], None]
+"""(what is being done, fraction done); may raise to stop."""
+
+
+def _quiet(_: str, __: float) -> None:
+    return None
+
+
+class FineRunError(Exception):
+    """A fine run stopped being finite; the message says when."""
+
+
+def _leap(
+    solver: AbstractSolver, stepper: AbstractStepper, z: Any, t: Array, dt: Array, count: Array, dtype: Any
+) -> tuple[Any, Float[Array, "sample c *grid"]]:
+    """`count` steps of every sample without closures, and the decoded states; dt and count are traced, so nothing recompiles."""
+    prepared = solver.prepare(dtype)
+    coefficients = stepper.prepare(prepared, dt, dtype)
+    step = dt.astype(dtype)
+    nothing = lambda _q, _t: None  # noqa: E731
+    every_sample = jax.vmap(lambda q, now: stepper(prepared, coefficients, q, now, step, nothing), in_axes=(0, None))
+    z = jax.lax.fori_loop(0, count, lambda i, q: every_sample(q, t + i.astype(dtype) * step), z)
+    return z, jax.vmap(prepared.decode)(z)
+
+
+def fine_run(
+    solver: AbstractSolver,
+    stepper: AbstractStepper,
+    u: Float[Array, "sample c *grid"],
+    interval: float,
+    frames: int,
+    watch: Callable[[int, Float[Array, "sample c *grid"]], None],
+    *,
+    courant: float = COURANT,
+    progress: Callable[[float], None] = lambda _: None,
+) -> tuple[Float[Array, "sample c *grid"], float]:
+    """Steps all samples together and shows them to `watch(frame, u)` at t = 0, interval, …, frames · interval.
+
+    Δt is chosen anew in each interval: the largest that divides it with Courant number ≤ `courant` for the fastest sample.
+    Returns the last states and the smallest Δt. Raises `FineRunError` when a state is no longer finite.
+    """
+    dtype = u.dtype
+    leap = eqx.filter_jit(_leap)
+    stable = eqx.filter_jit(lambda s, q: jnp.min(jax.vmap(s.stable_dt)(q)))
+    z = jax.jit(jax.vmap(solver.prepare(dtype).encode))(u)
+    watch(0, u)
+    smallest = math.inf
+    for frame in range(1, frames + 1):
+        limit = float(stable(solver, u))
+        if not (math.isfinite(limit) and bool(jnp.isfinite(u).all())):
+            raise FineRunError(f"the fine run stopped being finite before t = {(frame - 1) * interval:g}")
+        count = max(1, math.ceil(interval / (courant * limit) - 1e-9))
+        dt = interval / count
+        smallest = min(smallest, dt)
+        t = jnp.asarray((frame - 1) * interval, dtype)
+        z, u = leap(solver, stepper, z, t, jnp.asarray(dt), jnp.asarray(count), dtype)
+        watch(frame, u)
+        progress(frame / frames)
+    return u, smallest
+
+
+def warm_starts(
+    solver_on: Callable[[Grid], AbstractSolver],
+    stepper: AbstractStepper,
+    initial: Any,
+    keys: Sequence[Array],
+    grid: Grid,
+    dtype: Any,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Float[Array, "sample c *grid"]:
+    """The states at t = 0 on `grid`: initial states, one per key, after `initial.warm_up` (see `RandomVelocity`)."""
+    coarse = Grid(initial.warm_up_shape, grid.lengths) if getattr(initial, "warm_up_shape", None) else grid
+    solver = solver_on(coarse)
+    places = tuple(v.at for v in solver.variables)
+    u = jnp.stack([initial(key, coarse, places, dtype) for key in keys])
+    total = getattr(initial, "warm_up", 0.0)
+    nothing = lambda _f, _u: None  # noqa: E731
+    if total > 0:
+        first = 0.9 * total if coarse.shape != grid.shape else total
+        pieces = max(1, math.ceil(first))
+        u, _ = fine_run(solver, stepper, u, first / pieces, pieces, nothing, progress=lambda x: progress(0.6 * x))
+        if coarse.shape != grid.shape:
+            u = _refine(u, solver_on(grid), places)
+            rest = total - first
+            pieces = max(1, math.ceil(4 * rest))
+            u, _ = fine_run(
+                solver_on(grid), stepper, u, rest / pieces, pieces, nothing, progress=lambda x: progress(0.6 + 0.4 * x)
+            )
+    elif coarse.shape != grid.shape:
+        u = _refine(u, solver_on(grid), places)
+    return u
+
+
+def _refine(u: Array, solver: AbstractSolver, places: Sequence) -> Array:
+    """The same trigonometric fields on the grid of `solver`."""
+    at = [v.at for v in solver.variables]
+    channels = [resample(u[:, c], solver.grid.shape, places[c], at[c]) for c in range(u.shape[1])]
+    return jax.vmap(solver.prepare(u.dtype).project)(jnp.stack(channels, axis=1))
+
+
+@dataclass
+class Frames:
+    """Filtered frames of one fine run.
+
+    - `times`: `(frame,)`, float64, the first is 0.
+    - `groups`: group name -> `(sample, frame, c, *grid)`, under the filter of that group's solver.
+    - `pictures`: the fine states of sample 0 at `picture_times`, `(picture, c, *fine)`, float32.
+    - `dt`: smallest step of the fine run; `seconds`: what it took when it was made; `cached`: whether it was read from the cache.
+    """
+
+    times: np.ndarray
+    groups: dict[str, np.ndarray]
+    pictures: np.ndarray
+    picture_times: np.ndarray
+    dt: float
+    seconds: float
+    cached: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def make_frames(
+    recipe: Mapping[str, Any],
+    solver_on: Callable[[Grid], AbstractSolver],
+    stepper: AbstractStepper,
+    initial: Any,
+    keys: Sequence[Array],
+    grid: Grid,
+    dtype: Any,
+    interval: float,
+    frames: int,
+    targets: Mapping[str, AbstractSolver],
+    *,
+    half: str | None = None,
+    pictures: int = 0,
+    store_as: Any = None,
+    progress: Progress = _quiet,
+) -> Frames:
+    """A fine run from warm starts, filtered to every solver in `targets`, from the cache if its recipe is known.
+
+    **Arguments:**
+
+    - `recipe`: everything that decides the numbers, in JSON's types; becomes the cache key with the digest of the sources.
+    - `solver_on`: the fine discretisation on a given grid; `stepper` its time stepper.
+    - `initial`, `keys`: how the starts are made, one sample per key.
+    - `grid`, `dtype`: of the fine run; `interval`, `frames`: what is kept.
+    - `targets`: group name -> coarse solver, whose `restrict` is the filter.
+    - `half`: name of a group for the run at half the resolution from the same starts under the first target's filter: the evidence
+      that the fine run has converged.
+    - `pictures`: how many fine states of sample 0 are kept. `store_as`: dtype of the kept frames (default: that of the run).
+    """
+    import time
+
+    key = storage.recipe_hash(dict(recipe), dtype)
+    found = storage.load_cached(key)
+    times = interval * np.arange(frames + 1)
+    picture_frames = np.unique(np.linspace(0, frames, pictures).round().astype(int)) if pictures else np.zeros(0, int)
+    if found is not None:
+        tensors, meta = found
+        groups = {name.removeprefix("group/"): a for name, a in tensors.items() if name.startswith("group/")}
+        progress("reference from the cache", 1.0)
+        return Frames(times, groups, tensors["pictures"], times[picture_frames], meta["dt"], meta["seconds"], True)
+
+    begin = time.perf_counter()
+    share = 0.5 if getattr(initial, "warm_up", 0.0) > frames * interval else 0.2
+    u = warm_starts(
+        solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("reference: warm-up", share * x)
+    )
+    solver = solver_on(grid)
+    kept = np.dtype(dtype if store_as is None else store_as)
+    filters = {
+        name: eqx.filter_jit(jax.vmap(lambda q, s=target: s.restrict(q, grid, solver.variables)))
+        for name, target in targets.items()
+    }
+    groups: dict[str, list[np.ndarray]] = {name: [] for name in targets}
+    shots: list[np.ndarray] = []
+
+    def watch(frame: int, q: Array) -> None:
+        for name, restrict in filters.items():
+            groups[name].append(np.asarray(restrict(q), kept))
+        if frame in picture_frames:
+            shots.append(np.asarray(q[0], np.float32))
+
+    rest = 0.9 if half else 1.0
+    _, dt = fine_run(
+        solver, stepper, u, interval, frames, watch, progress=lambda x: progress("reference", share + (rest - share) * x)
+    )
+    seconds = time.perf_counter() - begin
+    out = {name: np.stack(series, axis=1) for name, series in groups.items()}
+    if half is not None and targets:
+        first = next(iter(targets.values()))
+        out[half] = _half_resolution(solver_on, stepper, u, solver, interval, frames, first, kept, lambda x: progress(
+            "reference: half resolution", rest + (1 - rest) * x))  # fmt: skip
+    picture_array = np.stack(shots) if shots else np.zeros((0,), np.float32)
+    tensors = {f"group/{name}": a for name, a in out.items()} | {"pictures": picture_array}
+    storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
+    return Frames(times, out, picture_array, times[picture_frames], dt, seconds)
+
+
+def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, progress) -> np.ndarray:
+    """The same starts, cut to half the resolution and run there, under the filter of `target`."""
+    coarse = Grid(tuple(n // 2 for n in solver.grid.shape), solver.grid.lengths)
+    half = solver_on(coarse)
+    start = jax.vmap(lambda q: half.restrict(q, solver.grid, solver.variables))(u)
+    restrict = eqx.filter_jit(jax.vmap(lambda q: target.restrict(q, coarse, half.variables)))
+    series: list[np.ndarray] = []
+    fine_run(
+        half, stepper, start, interval, frames, lambda _, q: series.append(np.asarray(restrict(q), kept)), progress=progress
+    )
+    return np.stack(series, axis=1)
+
+
+def sample_keys(seed: int, count: int) -> list[Array]:
+    """One random key per sample; different seeds give disjoint samples."""
+    root = jax.random.key(seed)
+    return [jax.random.fold_in(root, i) for i in range(count)]

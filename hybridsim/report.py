@@ -1,0 +1,1135 @@
+"""folder -> figures/*.png + report.html: the evidence of one experiment on one page that needs nothing but itself.
+
+`write_report` reads what a run has written (`config.yaml`, `summary.json`, `<label>.nc`, `reference.nc`, `training.json`)
+and computes nothing new beyond means over samples and the pictures of vorticity. A file or variable that is missing leaves
+its figure out.
+"""
+
+import base64
+import dataclasses
+import datetime
+import io
+import json
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+import yaml
+
+from hybridsim import diagnostics
+from hybridsim.contract import Variable
+from hybridsim.grid import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which vanishes on white
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
+REFERENCE_COLOUR = "#222222"
+DPI = 160
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+}
+
+
+# Reading a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run as the page shows it: its numbers, its frames, and the colour and dash it keeps on every figure."""
+
+    label: str
+    numbers: Mapping[str, Any]
+    config: Mapping[str, Any]
+    data: xr.Dataset | None
+    colour: str
+    dash: Any
+
+    @property
+    def bare(self) -> bool:
+        """No correction: the baseline of its solver and grid."""
+        return not self.config.get("corrections")
+
+    @property
+    def diverged(self) -> bool:
+        return not str(self.numbers.get("outcome", "finished")).startswith("finished")
+
+    @property
+    def group(self) -> str:
+        return "" if self.data is None else str(self.data.attrs.get("reference_group", ""))
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """How its line is drawn: thin and dashed for a bare run."""
+        dash = (0, (4, 1.6)) if self.bare else self.dash
+        return {"color": self.colour, "linestyle": dash, "linewidth": 1.5 if self.bare else 1.9, "label": _plain(self.label)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A run's folder in memory."""
+
+    path: Path
+    config: Mapping[str, Any]
+    config_text: str
+    summary: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    references: Mapping[str, xr.Dataset]
+    training: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Filters with runs, in the order of the runs."""
+        return tuple(dict.fromkeys(r.group for r in self.runs if r.group in self.references))
+
+    @property
+    def converged_until(self) -> float | None:
+        value = self.references["convergence"].attrs.get("converged_until") if "convergence" in self.references else None
+        value = self.summary.get("reference", {}).get("converged_until") if value is None or value == "" else value
+        return None if value is None or value == "" else float(value)
+
+    @property
+    def window_end(self) -> float | None:
+        ends = [float(r.data["time"][-1]) for r in self.runs if r.data is not None]
+        return max(ends, default=None)
+
+
+def read_folder(path: Path) -> Folder:
+    """Everything the report needs, read once; unreadable or missing optional parts are left out."""
+    path = Path(path)
+    summary_file, config_file = path / "summary.json", path / "config.yaml"
+    if not summary_file.is_file():
+        raise FileNotFoundError(f"{path}: no summary.json; the folder holds no finished experiment")
+    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
+    config = yaml.safe_load(config_text) or {}
+    inside = {file.stem: file for file in path.glob("*.nc")}
+    runs = []
+    for i, (label, numbers) in enumerate(summary.get("runs", {}).items()):
+        with xr.open_dataset(inside[label]) if label in inside else xr.Dataset() as opened:
+            data = opened.load()
+        settings = (config.get("runs") or {}).get(label) or {}
+        lap = i // len(PALETTE)
+        dash = ("-", (0, (5, 1, 1, 1)), (0, (1, 1)))[lap % 3]
+        runs.append(Run(label, numbers, settings, data if data.sizes else None, PALETTE[i % len(PALETTE)], dash))
+    references = {}
+    if "reference" in inside:
+        for group, opened in xr.open_groups(inside["reference"]).items():
+            with opened as dataset:
+                if dataset.data_vars:
+                    references[group.strip("/")] = dataset.load()
+    return Folder(path, config, config_text, summary, tuple(runs), references, _read_training(path))
+
+
+def _read_training(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Training histories by name: `training.json` holds one list of records, or a mapping from name (a seed, say) to such lists."""
+    if (path / "training.json").is_file():
+        found = json.loads((path / "training.json").read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("history"), list):
+            found = found["history"]
+        if isinstance(found, list):
+            found = {"": found}
+        return {str(name): records for name, records in found.items() if isinstance(records, list) and records}
+    if (path / "training.nc").is_file():
+        with xr.open_dataset(path / "training.nc") as opened:
+            table = opened.load().to_dataframe().reset_index()
+        return {"": table.to_dict("records")}
+    return {}
+
+
+def _layout(data: xr.Dataset) -> tuple[Grid, tuple[Variable, ...]]:
+    """Grid and velocity channels of a labelled dataset, from its dimensions and coordinates."""
+    names = [name for name in diagnostics.VELOCITIES if name in data.data_vars]
+    variables, shape, lengths = [], (), ()
+    for name in names:
+        dims = [d for d in data[name].dims if d not in ("sample", "time")]
+        at = tuple(1.0 if str(d).endswith("_face") else 0.5 for d in dims)
+        shape = tuple(data.sizes[d] for d in dims)
+        lengths = tuple(float(data[d][1] - data[d][0]) * data.sizes[d] for d in dims)
+        variables.append(Variable(name, data[name].attrs.get("units", "1"), at))
+    return Grid(shape, lengths), tuple(variables)
+
+
+# Text
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib prints as it stands."""
+    return str(text).replace("$", r"\$")
+
+
+def _number(x: float | int | None, digits: int = 3) -> str:
+    """0.0123 -> '0.0123', 3.2e-7 -> '3.2 × 10⁻⁷', None or NaN -> '–'.
+
+    >>> _number(3.21e-7, 2)
+    '3.2 × 10⁻⁷'
+    """
+    if x is None or isinstance(x, str) or math.isnan(x):
+        return "–"
+    if math.isinf(x):
+        return "∞"
+    if x == 0 or 1e-3 <= abs(x) < 1e5:
+        text = f"{x:.{digits}g}"
+        return f"{x:.0f}" if "e" in text else text
+    mantissa, exponent = f"{x:.{min(digits, 2) - 1}e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def _named(part: Any) -> str:
+    """`{use: smagorinsky, cs: 0.17}` -> `smagorinsky (cs 0.17)`; weights come as a bare name."""
+    if not isinstance(part, Mapping):
+        return str(part)
+    extra = [str(v) if k == "weights" else f"{k} {v}" for k, v in part.items() if k != "use" and isinstance(v, str | int | float)]
+    name = str(part.get("use", "")).rpartition(":")[2].replace("_", " ")
+    return f"{name} ({', '.join(extra)})" if extra else name
+
+
+def _solver(config: Mapping[str, Any]) -> str:
+    """`64 × 64 finite volume`."""
+    solver = config.get("solver")
+    solver = solver.get("use", "") if isinstance(solver, Mapping) else solver or ""
+    shape = config.get("shape") or ()
+    return f"{' × '.join(str(n) for n in shape)} {str(solver).replace('_', ' ')}".strip()
+
+
+def _unit(data: xr.DataArray) -> str:
+    unit = str(data.attrs.get("units", "1"))
+    return "" if unit in ("", "1") else f" [{_plain(unit)}]"
+
+
+def _time_label(folder: Folder) -> str:
+    data = next((r.data for r in folder.runs if r.data is not None), None)
+    return "time t" + ("" if data is None else _unit(data["time"]))
+
+
+def _t(numbers: Mapping[str, Any], level: str = "t95") -> float | None:
+    """The correlation time, or the end of the window where it was not reached."""
+    value = numbers.get(level)
+    return numbers.get(f"{level}_at_least") if value is None else value
+
+
+def _bare_labels(summary: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Solver and grid -> labels of its bare runs. Without the configuration the names decide."""
+    runs = summary.get("runs", {})
+    if not config:
+        return {"": [label for label in runs if label.startswith("bare")]}
+    settings = config.get("runs") or {}
+    found: dict[str, list[str]] = {}
+    for label in runs:
+        found.setdefault(_solver(settings.get(label) or {}), [])
+        if not (settings.get(label) or {}).get("corrections"):
+            found[_solver(settings.get(label) or {})].append(label)
+    return found
+
+
+def verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> str:
+    """One line: checks, divergences, and what each grid's best closure gained over its bare run in t95.
+
+    With the resolved `config` runs are compared within their own solver and grid, against the best bare run there; without it,
+    against the best run whose label starts with `bare`.
+    """
+    runs, checks = summary.get("runs", {}), summary.get("checks", [])
+    failed = [c for c in checks if not c.get("passed")]
+    parts = []
+    if checks and not failed:
+        parts.append(f"All {len(checks)} checks passed." if len(checks) > 1 else "The only check passed.")
+    elif failed:
+        names = list(dict.fromkeys(f"{c.get('run', 'all')}: {c.get('name')}" for c in failed))
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        parts.append(f"{len(failed)} of {len(checks)} checks failed ({shown}).")
+    for label, numbers in runs.items():
+        outcome = str(numbers.get("outcome", "finished"))
+        if not outcome.startswith("finished"):
+            parts.append(f"{label} {outcome}.")
+    settings = (config or {}).get("runs") or {}
+    for place, bare in _bare_labels(summary, config).items():
+        here = [r for r in runs if r not in bare and (not config or _solver(settings.get(r) or {}) == place)]
+        scored = {r: t for r in here if (t := _t(runs[r])) is not None}
+        base = {r: t for r in bare if (t := _t(runs[r])) is not None}
+        where = f"On {place} " if place else ""
+        if not scored:
+            if base and not here:
+                best = max(base, key=lambda r: base[r])
+                parts.append(f"{where}{best} keeps ρ ≥ 0.95 {_until(runs[best])}.")
+            continue
+        best = max(scored, key=lambda r: scored[r])
+        text = f"{where}{best} keeps ρ ≥ 0.95 {_until(runs[best])}"
+        if base:
+            rival = max(base, key=lambda r: base[r])
+            if runs[rival].get("t95") is None:
+                text += f"; so does {rival}, so the window is too short to compare" if runs[best].get("t95") is None else ""
+                text += f", {rival} {_until(runs[rival])}: no gain" if runs[best].get("t95") is not None else ""
+            elif base[rival] > 0:
+                ratio = scored[best] / base[rival]
+                least = "at least " if runs[best].get("t95") is None else ""
+                text += f", {least}{ratio:.2g} times as long as {rival} ({_number(base[rival])})"
+                text += ": no gain" if ratio <= 1 and not least else ""
+        parts.append(text + ".")
+    return " ".join(parts) or "Finished; nothing was compared or checked."
+
+
+def _until(numbers: Mapping[str, Any]) -> str:
+    """`to t = 3.1`, or `beyond t = 5`."""
+    if numbers.get("t95") is not None:
+        return f"to t = {_number(numbers['t95'])}"
+    return f"beyond t = {_number(numbers.get('t95_at_least'))}"
+
+
+# Figures
+
+
+def _figure(width: float, height: float, **options: Any) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, **({"layout": "constrained"} | options))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _legend(figure: "Figure", handles: Sequence[Any], width: float) -> None:
+    """One legend under all panels, with as many columns as the longest label leaves room for."""
+    longest = max((len(str(h.get_label())) for h in handles), default=1)
+    columns = max(1, min(len(handles), int(width / (0.075 * longest + 0.6))))
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.6)
+
+
+def _note(axes: "Axes", text: str, xy: tuple[Any, Any], coordinates: Any, offset: tuple[Any, Any], **options: Any) -> None:
+    """Small words beside a place, an offset in points away from it."""
+    axes.annotate(text, xy, xycoords=coordinates, xytext=offset, textcoords="offset points", **({"fontsize": 7.5} | options))
+
+
+def _handles(runs: Sequence[Run], *, reference: str | None = "reference") -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], **r.line) for r in runs]
+    return lines + ([Line2D([], [], color=REFERENCE_COLOUR, linewidth=2.6, alpha=0.55, label=reference)] if reference else [])
+
+
+def _sample_mean(data: xr.DataArray, *, skip_broken: bool = False) -> np.ndarray:
+    """Mean over samples: NaN as soon as one sample is, or over the finite ones alone."""
+    values = np.asarray(data, dtype=np.float64)
+    if "sample" not in data.dims:
+        return values
+    axis = data.dims.index("sample")
+    good = np.isfinite(values)
+    count = good.sum(axis=axis)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(good, values, 0.0).sum(axis=axis) / count
+    return mean if skip_broken else np.where(count == values.shape[axis], mean, np.nan)
+
+
+def _sample_max(data: xr.DataArray) -> np.ndarray:
+    return np.asarray(data.max("sample", skipna=False) if "sample" in data.dims else data, dtype=np.float64)
+
+
+def _end_mark(axes: "Axes", times: np.ndarray, values: np.ndarray, colour: str) -> None:
+    """× where a line stops before the window does: the run diverged."""
+    good = np.flatnonzero(np.isfinite(values))
+    if good.size and good[-1] < len(values) - 1:
+        axes.plot(times[good[-1]], values[good[-1]], "x", color=colour, markersize=7, markeredgewidth=2, clip_on=False, zorder=6)
+
+
+def _shade_unconverged(axes: "Axes", folder: Folder, *, words: bool = True) -> None:
+    """Grey where the reference itself is no longer converged."""
+    start, end = folder.converged_until, folder.window_end
+    if start is None or end is None or start >= end * (1 - 1e-9):
+        return
+    axes.axvspan(start, end, color="#eceef1", zorder=0, linewidth=0)
+    if words:
+        x = (start + end) / 2
+        axes.text(x, 0.985, "reference\nnot converged", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7.5)
+
+
+def vorticity_figure(folder: Folder) -> "Figure | None":
+    """ω(x, y) of sample 0: a row per field, a column per time, one colour scale."""
+    runs = [r for r in folder.runs if r.data is not None and "u" in r.data]
+    if not runs or _layout(runs[0].data)[0].ndim < 2:  # pyright: ignore[reportArgumentType]
+        return None
+    fine = folder.references.get("fine")
+    times = np.asarray(fine["time"] if fine is not None else runs[0].data["time"], dtype=np.float64)  # pyright: ignore[reportOptionalSubscript]
+    times = times[np.unique(np.linspace(0, len(times) - 1, min(len(times), 5)).round().astype(int))]
+
+    def pictures(data: xr.Dataset) -> tuple[list[np.ndarray], tuple[float, ...]]:
+        grid, variables = _layout(data)
+        shots = data.isel(sample=0) if "sample" in data.dims else data
+        shots = shots[[v.name for v in variables]].sel(time=times, method="nearest")
+        frames = np.stack([np.asarray(shots[v.name].transpose("time", *diagnostics.dimensions(v.at))) for v in variables], axis=1)
+        w = diagnostics.vorticity(frames, grid, variables)
+        if grid.ndim == 3:
+            w = w[:, 2, :, :, grid.shape[2] // 2]
+        return list(w), grid.lengths
+
+    rows: list[tuple[str, str, str, list[np.ndarray], np.ndarray | None]] = []
+    lengths: tuple[float, ...] = (1.0, 1.0)
+    if fine is not None:
+        shots, lengths = pictures(fine)
+        size = " × ".join(str(n) for n in _layout(fine)[0].shape)
+        rows.append(("reference", size, REFERENCE_COLOUR, shots, None))
+    for group in folder.groups or ("",):
+        if group in folder.references and "u" in folder.references[group]:
+            shots, lengths = pictures(folder.references[group])
+            size = " × ".join(str(n) for n in _layout(folder.references[group])[0].shape)
+            kind = str(group).rpartition("_")[0].replace("_", " ")
+            rows.append(("reference, filtered", f"{size} {kind}", REFERENCE_COLOUR, shots, None))
+        for run in runs:
+            if run.data is not None and (run.group == group or not folder.groups):
+                shots, lengths = pictures(run.data)
+                rho = None
+                if "correlation" in run.data:
+                    rho = np.asarray(run.data["correlation"].isel(sample=0).sel(time=times, method="nearest"))
+                rows.append((run.label, _solver(run.config), run.colour, shots, rho))
+    pool = rows[0][3] if fine is not None else [w for row in rows for w in row[3]]
+    limit = float(np.quantile(np.abs(np.concatenate([w[np.isfinite(w)] for w in pool])), 0.995)) or 1.0
+
+    aspect = min(2.0, max(0.35, lengths[1] / lengths[0]))
+    side, gap, left, right, top, bottom = 1.5, 0.07, 1.75, 0.85, 0.32, 0.08
+    width = left + len(times) * (side + gap) + right
+    height = top + len(rows) * (side * aspect + gap) + bottom
+    figure = _figure(width, height, layout=None)
+    image = None
+    for i, (label, detail, colour, shots, rho) in enumerate(rows):
+        y = height - top - (i + 1) * (side * aspect + gap) + gap
+        middle = (y + side * aspect / 2) / height
+        name = textwrap.fill(_plain(label), 19)
+        x = (left - 0.14) / width
+        figure.text(x, middle + 0.02 / height, name, ha="right", va="bottom", color=colour, weight="bold", fontsize=9)
+        figure.text(x, middle - 0.04 / height, textwrap.fill(_plain(detail), 22), ha="right", va="top", fontsize=7.5)
+        for j, w in enumerate(shots):
+            axes = figure.add_axes(((left + j * (side + gap)) / width, y / height, side / width, side * aspect / height))
+            axes.set(xticks=[], yticks=[], facecolor="#eceef1")
+            axes.grid(visible=False)
+            for spine in axes.spines.values():
+                spine.set(visible=True, color="#9aa0a8", linewidth=0.5)
+            if i == 0:
+                axes.set_title(f"t = {_number(float(times[j]))}", loc="center", pad=4)
+            if not np.isfinite(w).all():
+                axes.text(0.5, 0.5, "diverged", ha="center", va="center", transform=axes.transAxes, color="#5c6370", fontsize=9)
+                continue
+            extent = (0, lengths[0], 0, lengths[1])
+            image = axes.imshow(w.T, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, aspect="auto")
+            if rho is not None:
+                box = {"boxstyle": "round,pad=0.22", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+                axes.text(0.04, 0.05, f"ρ {rho[j]:.2f}", transform=axes.transAxes, fontsize=7.5, bbox=box)
+    if image is not None:
+        bar_height = min(height - top - bottom, 3.2)
+        axes = figure.add_axes(
+            ((width - right + 0.12) / width, (height - top - bar_height) / height, 0.13 / width, bar_height / height)
+        )
+        bar = figure.colorbar(image, cax=axes, extend="both")
+        bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        unit = "" if _unit(runs[0].data["u"]) == "" else " [velocity / length]"  # pyright: ignore[reportOptionalSubscript]
+        axes.set_title("ω" + unit, loc="center", pad=9)
+        axes.grid(visible=False)
+    return figure
+
+
+def correlation_figure(folder: Folder) -> "Figure | None":
+    """ρ(t) per run, mean and range over samples, with t95 and t80."""
+    runs = [r for r in folder.runs if r.data is not None and "correlation" in r.data]
+    if not runs:
+        return None
+    figure = _figure(9.2, 4.1)
+    axes = figure.subplots()
+    _shade_unconverged(axes, folder)
+    lowest = 0.0
+    for run in runs:
+        data = run.data["correlation"]  # pyright: ignore[reportOptionalSubscript]
+        times, values = np.asarray(data["time"], dtype=np.float64), np.asarray(data.transpose("sample", "time"), dtype=np.float64)
+        axes.fill_between(times, values.min(axis=0), values.max(axis=0), color=run.colour, alpha=0.13, linewidth=0)
+        axes.plot(times, values.mean(axis=0), **run.line, zorder=4)
+        lowest = min(lowest, float(values.mean(axis=0).min()))
+        for level, key in ((0.95, "t95"), (0.8, "t80")):
+            if run.numbers.get(key) is not None:
+                axes.plot(
+                    run.numbers[key],
+                    level,
+                    "o",
+                    color=run.colour,
+                    markersize=6,
+                    markeredgecolor="white",
+                    markeredgewidth=0.9,
+                    zorder=5,
+                )
+    if "convergence" in folder.references and "correlation" in folder.references["convergence"]:
+        half = folder.references["convergence"]["correlation"]
+        axes.plot(
+            half["time"],
+            _sample_mean(half),
+            color=REFERENCE_COLOUR,
+            linewidth=1.1,
+            linestyle=":",
+            label="reference at half resolution",
+        )
+    for level in (0.95, 0.8):
+        axes.axhline(level, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
+        axes.annotate(
+            f"{level:g}",
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set(xlabel=_time_label(folder), ylabel="correlation ρ with the reference", ylim=(max(-0.25, lowest - 0.03), 1.015))
+    axes.set_xlim(0 if float(times[0]) >= 0 else float(times[0]), folder.window_end)
+    figure.legend(loc="outside right upper", handlelength=2.6, labelspacing=0.7)
+    return figure
+
+
+def spectrum_figure(folder: Folder) -> "Figure | None":
+    """k³ E(k) (k^5/3 E(k) in 3D) over k, and E / E_ref below it: a column per filter."""
+    runs = [r for r in folder.runs if r.data is not None and "spectrum" in r.data]
+    groups = [g for g in folder.groups if "spectrum" in folder.references[g] and any(r.group == g for r in runs)]
+    if not groups:
+        return None
+    ndim = _layout(folder.references[groups[0]])[0].ndim
+    power, text = (5 / 3, "k$^{5/3}$ E(k)") if ndim == 3 else (3.0, "k³ E(k)")
+    width = 9.2 if len(groups) > 1 else 6.4
+    figure = _figure(width, 5.2)
+    panels = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=(2.2, 1))
+    tops = []
+    for column, group in enumerate(groups):
+        upper, lower = panels[0, column], panels[1, column]
+        reference = folder.references[group]
+        grid = _layout(reference)[0]
+        k = np.asarray(reference["wavenumber"], dtype=np.float64)
+        truth = _sample_mean(reference["spectrum"], skip_broken=True)
+        k0 = 2 * np.pi / max(grid.lengths)
+        nyquist = k0 * min(n * max(grid.lengths) / (2 * length) for n, length in zip(grid.shape, grid.lengths, strict=True))
+        shown = (k > 0) & (k <= nyquist * 1.001)
+        compensated = k**power * truth
+        tops.append(compensated[shown])
+        upper.loglog(k[shown], compensated[shown], color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+        for run in (r for r in runs if r.group == group):
+            found = _sample_mean(run.data["spectrum"], skip_broken=True)  # pyright: ignore[reportOptionalSubscript]
+            good = shown & np.isfinite(found) & (found > 0) & (truth > 0)
+            if good.any():
+                upper.loglog(k[good], (k**power * found)[good], **run.line)
+                lower.loglog(k[good], (found / truth)[good], **run.line)
+        lower.axhline(1, color=REFERENCE_COLOUR, linewidth=3, alpha=0.5, zorder=1)
+        for axes in (upper, lower):
+            axes.axvspan(2 / 3 * nyquist, nyquist, color="#eceef1", zorder=0, linewidth=0)
+            axes.set_xlim(k[shown][0], nyquist)
+        size = " × ".join(str(n) for n in grid.shape)
+        upper.set_title(f"{size} {str(group).rpartition('_')[0].replace('_', ' ')}")
+        upper.text(
+            np.sqrt(2 / 3) * nyquist,
+            0.02,
+            "not scored",
+            transform=upper.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            rotation=90,
+        )
+        lower.set_xlabel("wavenumber k" + _unit(reference["wavenumber"]))
+    pool = np.concatenate(tops)
+    pool = pool[pool > 0]
+    panels[0, 0].set_ylim(pool.min() / 3, pool.max() * 3)
+    panels[0, 0].set_ylabel(text)
+    panels[1, 0].set_ylabel("E / E reference")
+    panels[1, 0].set_ylim(0.1, 10)
+    panels[1, 0].set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+    _legend(figure, _handles([r for r in runs if r.group in groups]), width)
+    return figure
+
+
+def conservation_figure(folder: Folder) -> "Figure | None":
+    """Drift of each conserved sum and the largest divergence over time, log scale, worst sample."""
+    runs = [r for r in folder.runs if r.data is not None and ("drift" in r.data or "divergence_max" in r.data)]
+    names = list(dict.fromkeys(str(v) for r in runs if "drift" in r.data for v in np.asarray(r.data["variable"])))  # pyright: ignore
+    panels: list[tuple[str, str]] = [("drift", name) for name in names]
+    if any("divergence_max" in r.data for r in runs):  # pyright: ignore[reportOperatorIssue]
+        panels.append(("divergence_max", ""))
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(9.2, 2.75 * rows + 0.35)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes in grid.ravel()[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (key, name) in zip(grid.ravel(), panels, strict=False):
+        low, high = math.inf, 0.0
+        for run in runs:
+            if run.data is None or key not in run.data or (name and name not in np.asarray(run.data["variable"])):
+                continue
+            data = run.data[key].sel(variable=name) if name else run.data[key]
+            times, values = np.asarray(data["time"], dtype=np.float64), _sample_max(data)
+            # zero has no logarithm: an exact sum is drawn at the rounding of one number
+            values = np.where(np.isfinite(values), np.maximum(values, 1e-17), np.nan)
+            axes.semilogy(times, values, **run.line)
+            _end_mark(axes, times, values, run.colour)
+            if np.isfinite(values).any():
+                low, high = min(low, float(np.nanmin(values))), max(high, float(np.nanmax(values)))
+        limits = {c["limit"] for c in folder.summary.get("checks", []) if c.get("name", "").split(".")[0] == key and c.get("limit")}
+        for limit in sorted(limits):
+            axes.axhline(limit, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 3)))
+            _note(axes, "limit", (0.01, limit), ("axes fraction", "data"), (0, 2))
+        low, high = min([low, *limits]), max([high, *limits])
+        axes.set_ylim(max(low / 5, 1e-18), max(min(high, 1e3), low, 1e-16) * 10)
+        axes.set_title(f"drift of Σ{_plain(name)}, relative" if name else "max |∇·u| Δx / max |u|")
+        axes.set_xlabel(_time_label(folder))
+    _legend(figure, _handles(runs, reference=None), 9.2)
+    return figure
+
+
+def _place_labels(figure: "Figure", axes: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside points, each at the first of several offsets where it covers no point and no other name."""
+    from matplotlib.transforms import Bbox
+
+    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    dots = [axes.transData.transform((x, y)) for x, y, _, _ in points]
+    scale = figure.dpi / 72
+    taken = [Bbox.from_bounds(px - 6 * scale, py - 6 * scale, 12 * scale, 12 * scale) for px, py in dots]
+    frame = axes.get_window_extent(renderer)
+    for i, (x, y, text, colour) in enumerate(points):
+        best = None
+        for distance in (9, 16, 26, 38):
+            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.8), (0.7, -0.8), (-0.7, 0.8), (-0.7, -0.8)):
+                note = axes.annotate(
+                    text,
+                    (x, y),
+                    xytext=(dx * distance, dy * distance),
+                    textcoords="offset points",
+                    ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                    va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                    color=colour,
+                    fontsize=8.5,
+                    arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 4} if distance > 16 else None,
+                )
+                box = note.get_window_extent(renderer).padded(1.5 * scale)
+                inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 and box.y0 >= frame.y0 and box.y1 <= frame.y1
+                if inside and not any(box.overlaps(other) for j, other in enumerate(taken) if j != i):
+                    best = box
+                    break
+                note.remove()
+            if best is not None:
+                taken.append(best)
+                break
+
+
+def _reference_cost(folder: Folder) -> float | None:
+    """Seconds per unit time of the reference, stated or from its total."""
+    reference = folder.summary.get("reference") or {}
+    if reference.get("seconds_per_unit_time"):
+        return float(reference["seconds_per_unit_time"])
+    if reference.get("seconds") and folder.window_end:
+        return float(reference["seconds"]) / folder.window_end
+    return None
+
+
+def cost_figure(folder: Folder) -> "Figure | None":
+    """t95 over seconds per unit time: up and left is better."""
+    points = []
+    for run in folder.runs:
+        cost, value = run.numbers.get("seconds_per_unit_time"), _t(run.numbers)
+        if cost and value is not None:
+            points.append((float(cost), float(value), run))
+    if not points:
+        return None
+    figure = _figure(7.2, 3.7)
+    axes = figure.subplots()
+    costs = [p[0] for p in points]
+    cost = _reference_cost(folder)
+    if cost:
+        axes.axvline(cost, color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+        costs.append(cost)
+    top = max(p[1] for p in points)
+    axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 2.6, max(costs) * 2.6)
+    axes.set_ylim(0, top * 1.22 or 1)
+    for x, y, run in points:
+        never = run.numbers.get("t95") is None
+        face = "white" if run.bare else run.colour
+        axes.plot(
+            x,
+            y,
+            "^" if never else "o",
+            markersize=9,
+            markerfacecolor=face,
+            markeredgecolor=run.colour,
+            markeredgewidth=1.8,
+            zorder=5,
+        )
+    axes.set(xlabel="seconds per unit of simulated time", ylabel="t95 (correlated until)")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    labels = [(x, y, _plain(r.label), r.colour) for x, y, r in points]
+    if cost:
+        axes.annotate(
+            "reference",
+            (cost, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+        )
+    _place_labels(figure, axes, labels)
+    return figure
+
+
+def energy_figure(folder: Folder) -> "Figure | None":
+    """½⟨|u|²⟩ and ½⟨|ω|²⟩ over time beside the reference under the same filter: a column per filter."""
+    runs = [r for r in folder.runs if r.data is not None and "energy" in r.data]
+    groups = [g for g in folder.groups if "energy" in folder.references[g]] or ([""] if runs else [])
+    if not runs:
+        return None
+    keys = [("energy", "kinetic energy ½⟨|u|²⟩")]
+    if any("enstrophy" in r.data for r in runs):  # pyright: ignore[reportOperatorIssue]
+        keys.append(("enstrophy", "enstrophy ½⟨|ω|²⟩"))
+    width = 9.2 if len(groups) > 1 else 6.4
+    figure = _figure(width, 2.3 * len(keys) + 0.6)
+    panels = figure.subplots(len(keys), len(groups), squeeze=False, sharex=True, sharey="row")
+    for column, group in enumerate(groups):
+        for row, (key, title) in enumerate(keys):
+            axes = panels[row, column]
+            low, high = [], []
+            if group and key in folder.references[group]:
+                truth = folder.references[group][key]
+                values = _sample_mean(truth)
+                axes.plot(truth["time"], values, color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+                low.append(np.nanmin(values))
+                high.append(np.nanmax(values))
+            for run in (r for r in runs if r.group == group or not group):
+                if run.data is None or key not in run.data:
+                    continue
+                times, values = np.asarray(run.data["time"], dtype=np.float64), _sample_mean(run.data[key])
+                values = np.where(values < 10 * max([*high, 1e-300]), values, np.nan) if high else values
+                axes.plot(times, values, **run.line)
+                _end_mark(axes, times, values, run.colour)
+                if not run.diverged and np.isfinite(values).any():
+                    low.append(np.nanmin(values))
+                    high.append(np.nanmax(values))
+            if column == 0:
+                axes.set_ylabel(title.replace(" ½", "\n½"))
+            if row == 0 and group:
+                size = " × ".join(str(n) for n in _layout(folder.references[group])[0].shape)
+                axes.set_title(f"{size} {str(group).rpartition('_')[0].replace('_', ' ')}")
+            if row == len(keys) - 1:
+                axes.set_xlabel(_time_label(folder))
+            axes.set_xlim(0 if len(groups) else None, folder.window_end)
+            if low:
+                axes.update_datalim([(0, min(low)), (0, max(high))])
+    for row in range(len(keys)):
+        values = np.concatenate([line.get_ydata() for axes in panels[row] for line in axes.lines if len(line.get_ydata()) > 1])
+        ceiling = 2.5 * max(
+            (np.nanmax(line.get_ydata()) for axes in panels[row] for line in axes.lines[:1]), default=float(np.nanmax(values))
+        )
+        panels[row, 0].set_ylim(0, min(1.12 * float(np.nanmax(values)), ceiling))
+    _legend(figure, _handles(runs, reference="reference, same filter" if groups != [""] else None), width)
+    return figure
+
+
+def convergence_figure(folder: Folder) -> "Figure | None":
+    """1 - ρ(t) between the reference and its half-resolution twin; the window should end below 0.01."""
+    data = folder.references.get("convergence")
+    if data is None or "correlation" not in data:
+        return None
+    figure = _figure(6.4, 3.0)
+    axes = figure.subplots()
+    _shade_unconverged(axes, folder, words=False)
+    times = np.asarray(data["time"], dtype=np.float64)
+    values = np.asarray(data["correlation"], dtype=np.float64).reshape(-1, times.size)
+    for sample in values:
+        axes.semilogy(times, np.maximum(1 - sample, 1e-16), color="#9aa0a8", linewidth=0.7)
+    axes.semilogy(times, np.maximum(1 - values.mean(axis=0), 1e-16), color=REFERENCE_COLOUR, linewidth=2)
+    axes.axhline(0.01, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 3)))
+    _note(axes, "ρ = 0.99", (0.01, 0.01), ("axes fraction", "data"), (0, 3), fontsize=8)
+    positive = (1 - values)[1 - values > 1e-16]
+    axes.set_ylim(max(1e-16, float(positive.min()) / 3) if positive.size else 1e-16, 2)
+    axes.set(xlabel=_time_label(folder), ylabel="1 − ρ,\nhalf against full resolution")
+    axes.set_xlim(float(times[0]), float(times[-1]))
+    return figure
+
+
+def _loss_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure | None":
+    """Loss over updates, with the unroll lengths and the validation scores."""
+    histories = {name: records for name, records in histories.items() if any("loss" in r for r in records)}
+    if not histories:
+        return None
+    first = next(iter(histories.values()))
+    scores = list(dict.fromkeys(k for h in histories.values() for r in h for k in r if str(k).startswith(("validation", "score"))))[
+        :2
+    ]
+    figure = _figure(7.6, 2.9 + 1.6 * len(scores))
+    panels = figure.subplots(1 + len(scores), 1, squeeze=False, sharex=True, height_ratios=(2.2, *(1.0 for _ in scores)))[:, 0]
+    key = next((k for k in ("update", "step", "epoch") if k in first[0]), None)
+
+    def column(records: Sequence[Mapping[str, Any]], name: str | None) -> np.ndarray:
+        if name is None:
+            return np.arange(len(records), dtype=float)
+        values = [r.get(name) for r in records]
+        return np.array([np.nan if not isinstance(v, int | float) else v for v in values], dtype=float)
+
+    for i, (name, records) in enumerate(histories.items()):
+        colour, x, loss = PALETTE[i % len(PALETTE)], column(records, key), column(records, "loss")
+        width = max(1, len(loss) // 60)
+        panels[0].semilogy(x, np.where(loss > 0, loss, np.nan), color=colour, linewidth=0.7, alpha=0.35 if width > 1 else 1.0)
+        if width > 1:
+            good = np.isfinite(loss) & (loss > 0)
+            logs = np.convolve(np.log(loss[good]), np.ones(width) / width, mode="valid")
+            panels[0].semilogy(
+                x[good][width // 2 : width // 2 + len(logs)], np.exp(logs), color=colour, linewidth=1.9, label=_plain(name)
+            )
+        for axes, score in zip(panels[1:], scores, strict=True):
+            values = column(records, score)
+            good = np.isfinite(values)
+            axes.plot(x[good], values[good], "o-", color=colour, markersize=4, linewidth=1.4, label=_plain(name))
+            axes.set_ylabel(textwrap.fill(_plain(score).replace("_", " "), 16))
+    x, unroll = column(first, key), column(first, "unroll")
+    changes = [i for i in range(len(unroll)) if np.isfinite(unroll[i]) and (i == 0 or unroll[i] != unroll[i - 1])]
+    span = float(x[-1] - x[0]) or 1.0
+    last = -math.inf
+    for i in changes:
+        if i:
+            for axes in panels:
+                axes.axvline(x[i], color="#b6bbc3", linewidth=0.8)
+        # a label needs room: horizons that change within a few percent of the axis go without one
+        if x[i] - last > 0.055 * span:
+            text = f"unroll {unroll[i]:g}" if i == 0 and (len(changes) == 1 or x[changes[1]] > 0.13 * span) else f"{unroll[i]:g}"
+            panels[0].annotate(
+                text,
+                (x[i], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=7.5,
+                va="bottom",
+            )
+            last = x[i]
+    panels[0].set_ylabel("training loss")
+    panels[-1].set_xlabel(str(key or "record"))
+    panels[-1].set_xlim(float(x[0]), float(x[-1]))
+    if len(histories) > 1:
+        from matplotlib.lines import Line2D
+
+        handles = [
+            Line2D([], [], color=PALETTE[i % len(PALETTE)], linewidth=2, label=_plain(name)) for i, name in enumerate(histories)
+        ]
+        figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def training_figure(history: list[dict], path: Path) -> Path:
+    """The loss over updates as a picture at `path`.
+
+    A record has `update` (or `epoch`) and `loss`; `unroll` and any key that starts with `validation` are drawn where they stand.
+    """
+    import matplotlib
+
+    if not history or not any("loss" in record for record in history):
+        raise ValueError("the training history holds no record with a loss")
+    with matplotlib.rc_context(STYLE):
+        figure = _loss_figure({"": history})
+        _write(Path(path), _png(figure)) if figure is not None else None
+    return Path(path)
+
+
+# The page
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+COLUMNS = (
+    ("run",),
+    ("grid, solver",),
+    ("closure",),
+    ("dt",),
+    ("t95",),
+    ("t80",),
+    ("spectrum", "error"),
+    ("drift",),
+    ("divergence", "[U/Δx]"),
+    ("seconds per", "unit time"),
+    ("× faster than", "reference"),
+    ("outcome",),
+)
+
+
+def _cell(text: str, rank: float | None = None, interval: str = "") -> dict[str, Any]:
+    """What a cell shows; the largest `rank` of a column is its best."""
+    return {"text": text, "rank": rank, "range": interval, "best": False}
+
+
+def _rows(folder: Folder) -> list[dict[str, Any]]:
+    """One line of the table per run, the best of each column marked."""
+    cost = _reference_cost(folder)
+    rows = []
+    for run in folder.runs:
+        n = run.numbers
+        seconds = n.get("seconds_per_unit_time")
+        ranges: dict[str, str] = {}
+        # fewer than eight samples carry no interval
+        if run.data is not None and "correlation" in run.data and run.data.sizes.get("sample", 1) >= 8:
+            data = run.data["correlation"].transpose("sample", "time")
+            for key, level in (("t95", 0.95), ("t80", 0.8)):
+                found = diagnostics.t_correlated(np.asarray(data["time"]), np.asarray(data), level)
+                if found.low is not None and n.get(key) is not None:
+                    ranges[key] = f"{_number(found.low)} … {_number(found.high) if found.high is not None else 'beyond'}"
+        drifts = [v for v in (n.get("drift") or {}).values() if v is not None]
+
+        def time_cell(key: str, n: Mapping[str, Any] = n, ranges: dict[str, str] = ranges) -> dict[str, Any]:
+            text = _number(_t(n, key))
+            return _cell(f"≥ {text}" if n.get(key) is None and text != "–" else text, _t(n, key), ranges.get(key, ""))
+
+        speed = cost / seconds if cost and seconds else None
+        error = n.get("spectrum_error")
+        cells = [
+            _cell(_number(n.get("dt"), 4)),
+            time_cell("t95"),
+            time_cell("t80"),
+            _cell(_number(error, 2), None if error is None else -error),
+            _cell(_number(max(drifts) if drifts else None, 2)),
+            _cell(_number(n.get("divergence_max"), 2)),
+            _cell(_number(seconds), -seconds if seconds else None),
+            _cell(_number(speed, 2), speed),
+        ]
+        outcome = str(n.get("outcome", "finished"))
+        rows.append(
+            {
+                "label": run.label,
+                "bare": run.bare,
+                "colour": run.colour,
+                "solver": _solver(run.config),
+                "closure": ", ".join(_named(c) for c in run.config.get("corrections") or ()) or "none",
+                "cells": cells,
+                "outcome": outcome,
+                "diverged": run.diverged,
+            }
+        )
+    for column in range(len(COLUMNS) - 4):
+        scores = [r["cells"][column]["rank"] for r in rows if not r["diverged"]]
+        scores = [s for s in scores if s is not None and math.isfinite(s)]
+        for row in rows if len(rows) > 1 else ():
+            cell = row["cells"][column]
+            cell["best"] = bool(scores) and not row["diverged"] and cell["rank"] == max(scores)
+    return rows
+
+
+def _reference_row(folder: Folder) -> dict[str, Any] | None:
+    reference = folder.summary.get("reference") or {}
+    if not reference:
+        return None
+    shape = " × ".join(str(n) for n in reference.get("shape") or ())
+    settings = folder.config.get("reference") or {}
+    solver = settings.get("solver") or ""
+    solver = solver.get("use", "") if isinstance(solver, Mapping) else solver
+    cells = [_cell("") for _ in range(len(COLUMNS) - 4)]
+    cells[0]["text"], cells[6]["text"] = _number(reference.get("dt"), 4), _number(_reference_cost(folder))
+    until = folder.converged_until
+    outcome = f"converged to t = {_number(until)}" if until is not None else ""
+    solver = f"{shape} {str(solver).replace('_', ' ')}".strip()
+    return {"label": "reference", "solver": solver, "colour": REFERENCE_COLOUR, "cells": cells, "outcome": outcome}
+
+
+def _setting(folder: Folder) -> str:
+    """What was computed, in one line."""
+    parts = []
+    equation = folder.config.get("equation")
+    if isinstance(equation, Mapping):
+        name = str(equation.get("use", "")).replace("_", " ")
+        viscosity = equation.get("viscosity")
+        forcing = equation.get("forcing")
+        forced = forcing.get("use") if isinstance(forcing, Mapping) else forcing
+        parts.append(
+            name + (f", viscosity {viscosity}" if viscosity is not None else "") + (f", {forced} forcing" if forced else "")
+        )
+    sizes = [r.data.sizes.get("sample") for r in folder.runs if r.data is not None]
+    if sizes:
+        parts.append(f"{sizes[0]} starts" if sizes[0] != 1 else "one start")
+    if folder.window_end is not None:
+        parts.append(f"t = 0 … {_number(folder.window_end)}")
+    data = next((r.data for r in folder.runs if r.data is not None), None)
+    if data is not None and not _unit(data["time"]):
+        parts.append("all quantities dimensionless")
+    return " · ".join(p for p in parts if p)
+
+
+def _provenance(folder: Folder) -> list[tuple[str, str]]:
+    summary = folder.summary
+    attrs = next((r.data.attrs for r in folder.runs if r.data is not None), {})
+    versions = summary.get("versions") or {}
+    listed = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else str(versions)
+    written = datetime.datetime.fromtimestamp((folder.path / "summary.json").stat().st_mtime, datetime.UTC)
+    reference = summary.get("reference") or {}
+    reused = f"{_number(reference.get('seconds'))} s" + (", from the cache" if reference.get("cached") else "")
+    compile_seconds = [n.get("compile_seconds") for n in summary.get("runs", {}).values() if n.get("compile_seconds")]
+    found = [
+        ("hybridsim", str(versions.get("hybridsim", attrs.get("version", "")) if isinstance(versions, Mapping) else "")),
+        ("commit", str(attrs.get("commit", ""))),
+        ("device", summary.get("device", "")),
+        ("precision", summary.get("precision", "")),
+        ("configuration", summary.get("config_hash", "")),
+        ("finished", written.strftime("%Y-%m-%d %H:%M UTC")),
+        ("reference", reused if reference.get("seconds") is not None else ""),
+        ("compilation", f"{_number(sum(compile_seconds))} s for {len(compile_seconds)} runs" if compile_seconds else ""),
+        ("versions", listed),
+    ]
+    return [(key, str(value)) for key, value in found if value]
+
+
+def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
+    """(name, title, caption, figure) of every figure that the folder has data for."""
+    modes = next(
+        (r.data["correlation"].attrs.get("modes") for r in folder.runs if r.data is not None and "correlation" in r.data), None
+    )
+    band = f" on the modes |n| ≤ {modes} per axis" if modes is not None else ""
+    window = ""
+    for run in folder.runs:
+        if run.data is not None and "window" in run.data.get("spectrum", xr.DataArray()).attrs:
+            start, end = np.atleast_1d(run.data["spectrum"].attrs["window"])
+            window = f" over t = {_number(float(start))} … {_number(float(end))}"
+            break
+    recipes = (
+        (
+            "vorticity",
+            "Vorticity of the first start",
+            f"One colour scale throughout; ρ is the correlation of this start with its filtered reference{band}.",
+            vorticity_figure,
+        ),
+        (
+            "correlation",
+            "Correlation with the reference over time",
+            f"Vorticity{band}, each run against the reference under its own filter. Lines: mean over starts; "
+            "bands: smallest to largest; dots: t95 and t80; dashed: bare runs; a run that diverges counts as 0 from then on.",
+            correlation_figure,
+        ),
+        (
+            "spectra",
+            "Compensated spectra against the reference",
+            f"Mean over starts and{window or ' time'}; the reference has the same filter as the runs beside it. "
+            "The grey band, above two thirds of Nyquist, does not enter the spectrum error.",
+            spectrum_figure,
+        ),
+        (
+            "conservation",
+            "Conservation and divergence",
+            "Largest over the starts. Drift is the change of the sum, less what forcing and drag are known to add, "
+            "over Σ|u| at the start. Exact zeros are drawn at 10⁻¹⁷; × ends a diverged run.",
+            conservation_figure,
+        ),
+        (
+            "cost",
+            "Accuracy against cost",
+            "Up and left is better. Hollow: bare runs; triangles: still above 0.95 when the window ends.",
+            cost_figure,
+        ),
+        (
+            "energy",
+            "Energy and enstrophy",
+            "Means over starts, beside the reference under the same filter; × ends a diverged run.",
+            energy_figure,
+        ),
+        (
+            "convergence",
+            "Is the reference converged?",
+            "The reference against the same run at half its resolution: mean (black) and every start (grey). "
+            + (f"ρ stays above 0.99 to t = {_number(folder.converged_until)}." if folder.converged_until is not None else ""),
+            convergence_figure,
+        ),
+        (
+            "training",
+            "Training",
+            "Loss of every update (pale) and its running geometric mean; vertical lines: the unrolled horizon grows.",
+            lambda f: _loss_figure(f.training),
+        ),
+    )
+    drawn = ((name, title, caption, recipe(folder)) for name, title, caption, recipe in recipes)
+    return [(name, title, caption, figure) for name, title, caption, figure in drawn if figure is not None]
+
+
+def write_report(folder: Path) -> Path:
+    """runs/<name>/ -> runs/<name>/report.html and figures/*.png: one page with everything inlined, readable offline.
+
+    Reads only what stands in the folder. Returns the path of the page.
+    """
+    import jinja2
+    import matplotlib
+
+    found = read_folder(Path(folder))
+    figures = []
+    with matplotlib.rc_context(STYLE):
+        for name, title, caption, figure in _figures(found):
+            content = _png(figure)
+            _write(found.path / "figures" / f"{name}.png", content)
+            width = round(100 * figure.get_figwidth())
+            data = base64.b64encode(content).decode("ascii")
+            figures.append({"name": name, "title": title, "caption": caption, "data": data, "width": width})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hybridsim", "templates"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    checks = sorted(found.summary.get("checks", []), key=lambda c: bool(c.get("passed")))
+    intervals = any(r.data is not None and r.data.sizes.get("sample", 1) >= 8 for r in found.runs)
+    note = (
+        "t95, t80: first time the mean correlation falls below 0.95, 0.80 (≥: not within the window)"
+        + ("; below them the 90 % bootstrap interval over starts" if intervals else "")
+        + ". Spectrum error: mean |ln E/E_ref| to two thirds of Nyquist. Drift: largest over variables. Cost: after compilation. "
+        "Bold: best of the runs that finished."
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=str(found.summary.get("name", found.path.name)),
+        verdict=verdict(found.summary, found.config),
+        passed=all(c.get("passed") for c in checks),
+        setting=_setting(found),
+        columns=COLUMNS,
+        rows=_rows(found),
+        reference_row=_reference_row(found),
+        table_note=note,
+        checks=[{"passed": bool(c.get("passed")), "sentence": c.get("sentence", c.get("name", ""))} for c in checks],
+        figures=figures,
+        provenance=_provenance(found),
+        config_text=found.config_text,
+    )
+    target = found.path / "report.html"
+    _write(target, page.encode("utf-8"))
+    return target

@@ -1,0 +1,312 @@
+"""θ ← Adam(θ, ∂_θ ⟨‖Φ_θⁿ(ū₀) − ū(tₙ)‖²_W⟩): closures trained with the solver in the loop, through unrolled trajectories."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from hybridsim import diagnostics
+from hybridsim.grid import Grid
+from hybridsim.model import Model, frames_of
+from hybridsim.storage import Checkpoints
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a closure is trained.
+
+    - `unroll`: frames unrolled in each phase, growing; `updates`: optimiser steps per phase.
+    - `batch`: windows per update; `rate`: peak learning rate, warmed up over 50 updates, then cosine to 2 % of it.
+    - `clip`: global norm of the gradient; `power`: p of the loss weight |k|^{2p} on the velocity error (0 velocity, 1 vorticity).
+    - `validate_every`: updates between validations; the weights with the best validation t95 are kept.
+    - `checkpoint_levels`: nested checkpointing of the unrolled scan, as in `rollout`.
+    - `patience`: how many updates in a row may be skipped because they were not finite before training stops.
+    """
+
+    unroll: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    updates: tuple[int, ...] = (200, 200, 200, 200, 200, 200)
+    batch: int = 8
+    rate: float = 2e-3
+    clip: float = 1.0
+    power: float = 0.5
+    validate_every: int = 200
+    checkpoint_levels: int = 0
+    patience: int = 20
+
+    @property
+    def total(self) -> int:
+        return sum(self.updates)
+
+    def phase(self, update: int) -> int:
+        """The unroll length of an update."""
+        done = 0
+        for length, count in zip(self.unroll, self.updates, strict=True):
+            done += count
+            if update < done:
+                return length
+        return self.unroll[-1]
+
+
+class Progress(eqx.Module):
+    """Everything that training needs to go on bit for bit."""
+
+    weights: PyTree
+    optimiser: PyTree
+    best: PyTree
+    best_score: Float[Array, ""]
+    update: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+@dataclass
+class Outcome:
+    """What one training run gave: the model with its best weights, the history, and why it ended."""
+
+    model: Model
+    history: list[dict[str, Any]]
+    best_score: float
+    best_update: int
+    seconds: float
+    compile_seconds: float
+    skipped: int
+    stopped: str = "finished"
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingDiverged(Exception):
+    """Too many updates in a row were not finite."""
+
+
+def spectral_weight(grid: Grid, power: float) -> Float[np.ndarray, "*k"]:
+    """w(k) = |k|^{2p}, zero at k = 0 and doubled where `rfftn` keeps one of a conjugate pair; k in units of 2π/max L."""
+    k2 = np.zeros(())
+    for k in grid.wavenumbers():
+        k2 = k2 + (k * max(grid.lengths) / (2 * np.pi)) ** 2
+    weight = np.where(k2 > 0, np.maximum(k2, 1e-300) ** power, 0.0)
+    n = grid.shape[-1]
+    last = np.arange(n // 2 + 1)
+    return weight * np.where((last == 0) | (2 * last == n), 1.0, 2.0)
+
+
+def relative_error(
+    u: Float[Array, "frame c *grid"], truth: Float[Array, "frame c *grid"], weight: Float[Array, "*k"]
+) -> Float[Array, " frame"]:
+    """e = Σ_k w(k) |û − û_ref|² / Σ_k w(k) |û_ref|², one number per frame; 2 (1 − ρ) for fields of equal norm."""
+    axes = tuple(range(2, u.ndim))
+
+    def norm(q: Array) -> Array:
+        hat = jnp.fft.rfftn(q, axes=axes)
+        return jnp.sum(weight * (hat.real**2 + hat.imag**2), axis=tuple(range(1, u.ndim)))
+
+    return norm(u - truth) / norm(truth)
+
+
+def window_loss(
+    model: Model, window: Float[Array, "frames c *grid"], weight: Float[Array, "*k"], every: int, levels: int, key: Array
+) -> Float[Array, ""]:
+    """Mean relative error over a window of frames, rolled out from its first one."""
+    start = window[0]
+    prepared = model.prepare(start.dtype)
+    carry = model.init_carry(start, key)
+    z = prepared.solver.encode(start)
+    frames = window.shape[0] - 1
+    _, u = frames_of(model, prepared, z, carry, jnp.zeros((), jnp.int32), frames, every, levels)
+    return relative_error(u, window[1:], weight).mean()
+
+
+def make_optimiser(recipe: Recipe) -> optax.GradientTransformation:
+    """Adam (β₂ = 0.98) behind a clip of the global norm, warm-up and cosine decay."""
+    warm = min(50, max(1, recipe.total // 10))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.rate, warm, max(recipe.total, warm + 1), 0.02 * recipe.rate)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adam(schedule, b2=0.98))
+
+
+def batches(data: np.ndarray, length: int, size: int, seed: int, update: int) -> np.ndarray:
+    """The windows of one update, drawn from (seed, update) alone so that a resumed run sees the same ones."""
+    rng = np.random.default_rng([seed, update])
+    trajectories = rng.integers(data.shape[0], size=size)
+    starts = rng.integers(data.shape[1] - length, size=size)
+    return np.stack([data[i, s : s + length + 1] for i, s in zip(trajectories, starts, strict=True)])
+
+
+def _over_samples(function: Callable, *args: Array) -> Array:
+    """Mean over the batch: one sample after another on CPU, where that is faster; all at once elsewhere."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda a: function(*a), args).mean()
+    return jax.vmap(function)(*args).mean()
+
+
+def correlation_scores(
+    model: Model, data: np.ndarray, interval: float, every: int, modes: int, chunk: int = 8
+) -> dict[str, Any]:
+    """t95, t80 and mean correlation of rollouts from the first frame of every validation trajectory."""
+    frames = data.shape[1] - 1
+
+    @eqx.filter_jit
+    def run(model: Model, starts: Array) -> Array:
+        prepared = model.prepare(starts.dtype)
+
+        def one(u: Array) -> Array:
+            carry = model.init_carry(u, jax.random.key(0))
+            z = prepared.solver.encode(u)
+            return frames_of(model, prepared, z, carry, jnp.zeros((), jnp.int32), frames, every, 0)[1]
+
+        return jax.lax.map(one, starts) if jax.default_backend() == "cpu" else jax.vmap(one)(starts)
+
+    u = np.asarray(run(model, jnp.asarray(data[:, 0])))
+    solver = model.solver
+    rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes)
+    mean = np.concatenate([[1.0], rho.mean(axis=0)])
+    times = interval * np.arange(frames + 1)
+    t95, _ = diagnostics.crossing_time(times, mean, 0.95)
+    t80, _ = diagnostics.crossing_time(times, mean, 0.80)
+    return {
+        "t95": times[-1] if t95 is None else t95,
+        "t80": times[-1] if t80 is None else t80,
+        "mean_correlation": float(mean.mean()),
+    }
+
+
+def train(
+    model: Model,
+    data: Float[np.ndarray, "trajectory frame c *grid"],
+    validation: Float[np.ndarray, "trajectory frame c *grid"],
+    interval: float,
+    every: int,
+    recipe: Recipe,
+    *,
+    seed: int,
+    modes: int,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Outcome:
+    """Trains `model.closures` on windows of `data` (frames `interval` apart, `every` model steps each).
+
+    `report` is called after every update with its record and may raise to stop: what `checkpoints` holds by then resumes exactly. Updates with
+    a non-finite loss or gradient are skipped and counted.
+    """
+    optimiser = make_optimiser(recipe)
+    closures, fixed = eqx.partition(model.closures, eqx.is_inexact_array)
+    dtype = data.dtype
+    weight = jnp.asarray(spectral_weight(model.solver.grid, recipe.power), dtype)
+
+    def with_closures(weights: PyTree) -> Model:
+        return eqx.tree_at(lambda m: m.closures, model, eqx.combine(weights, fixed))
+
+    @eqx.filter_jit(donate="all-except-first")
+    def update_step(windows: Array, state: Progress) -> tuple[Progress, Array, Array]:
+        def loss_of(weights: PyTree) -> Array:
+            trained = with_closures(weights)
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.update), windows.shape[0])
+            one = lambda w, k: window_loss(trained, w, weight, every, recipe.checkpoint_levels, k)  # noqa: E731
+            return _over_samples(one, windows, keys)
+
+        loss, gradient = eqx.filter_value_and_grad(loss_of)(state.weights)
+        norm = optax.global_norm(gradient)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        gradient = jax.tree.map(lambda g: jnp.where(good, g, 0), gradient)
+        steps, new = optimiser.update(gradient, state.optimiser, state.weights)
+        moved = eqx.apply_updates(state.weights, steps)
+        keep = lambda a, b: jnp.where(good, a, b)  # noqa: E731
+        weights = jax.tree.map(keep, moved, state.weights)
+        optimiser_state = jax.tree.map(keep, new, state.optimiser)
+        skipped = jnp.where(good, 0, state.skipped + 1)
+        return (
+            Progress(weights, optimiser_state, state.best, state.best_score, state.update + 1, skipped),
+            loss,
+            norm,
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    state = Progress(closures, optimiser.init(closures), closures, jnp.asarray(-jnp.inf, jnp.float32), zero, zero)
+    history: list[dict[str, Any]] = []
+    best_update, spent, compile_seconds, skipped_total = 0, 0.0, 0.0, 0
+    if checkpoints is not None and resume:
+        found = checkpoints.latest(state)
+        if found is not None:
+            _, state, meta = found
+            history, best_update, spent = meta["history"], meta["best_update"], meta["seconds"]
+            compile_seconds, skipped_total = meta["compile_seconds"], meta["skipped"]
+    state = jax.tree.map(jnp.array, state)
+
+    def save() -> None:
+        if checkpoints is not None:
+            meta = {
+                "history": history,
+                "best_update": best_update,
+                "seconds": spent,
+                "compile_seconds": compile_seconds,
+                "skipped": skipped_total,
+                "recipe": asdict(recipe),
+                "seed": seed,
+            }
+            checkpoints.save(int(state.update), state, meta)
+
+    compiled: set[int] = set()
+    for update in range(int(state.update), recipe.total):
+        begin = time.perf_counter()
+        length = recipe.phase(update)
+        windows = jnp.asarray(batches(data, length, recipe.batch, seed, update))
+        state, loss, norm = update_step(windows, state)
+        loss = float(loss)
+        took = time.perf_counter() - begin
+        if length not in compiled:
+            compiled.add(length)
+            compile_seconds += took
+        spent += took
+        skipped_total += int(not math.isfinite(loss) or not math.isfinite(float(norm)))
+        record: dict[str, Any] = {
+            "update": update + 1,
+            "loss": loss if math.isfinite(loss) else None,
+            "unroll": length,
+            "seconds": round(spent, 3),
+        }
+        if int(state.skipped) > recipe.patience:
+            raise TrainingDiverged(
+                f"{int(state.skipped)} updates in a row were not finite (update {update + 1}, unroll {length}); lower train.rate "
+                f"or train.clip, or start from shorter unrolls"
+            )
+        if (update + 1) % recipe.validate_every == 0 or update + 1 == recipe.total:
+            begin = time.perf_counter()
+            scores = correlation_scores(with_closures(state.weights), validation, interval, every, modes)
+            record["validation"] = scores
+            if scores["t95"] > float(state.best_score):
+                best_update = update + 1
+                better = jnp.asarray(scores["t95"], jnp.float32)
+                # A copy, because the weights are donated to the next update.
+                state = eqx.tree_at(
+                    lambda s: (s.best, s.best_score), state, (jax.tree.map(jnp.array, state.weights), better)
+                )
+            spent += time.perf_counter() - begin
+        history.append(record)
+        if "validation" in record:
+            save()
+        report(record)
+    return Outcome(
+        with_closures(state.best),
+        history,
+        float(state.best_score),
+        best_update,
+        spent,
+        compile_seconds,
+        skipped_total,
+    )
+
+
+def parameters(closures: Sequence[Any]) -> int:
+    """How many numbers the closures train."""
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(closures, eqx.is_inexact_array)))
+
+
+def phases(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """(unroll, updates) of each phase."""
+    yield from zip(recipe.unroll, recipe.updates, strict=True)

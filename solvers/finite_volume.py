@@ -1,0 +1,218 @@
+"""∂t ū_c = −Σ_a [F_{a,c}]/Δx_a − [p]/Δx_c + f: finite volumes on the staggered (MAC) grid (Harlow & Welch 1965, doi:10.1063/1.1761178).
+
+Velocity component a lives at the right face of axis a. The flux of component c along axis a lives at the flux point `at_c + ½ e_a`
+folded into (0, 1]: the cell centre if a = c, the edge between the two faces otherwise.
+"""
+
+from typing import ClassVar, Literal, Self
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
+from hybridsim.grid import Grid, face_mean, resample
+from hybridsim.solvers.incompressible import NavierStokes
+
+Convection = Literal["van_leer", "central"]
+
+
+def shift(u: Float[Array, "*grid"], offset: int, axis: int) -> Float[Array, "*grid"]:
+    """u_{i + offset} along `axis`, periodic."""
+    return jnp.roll(u, -offset, axis)
+
+
+def limited_slope(below: Array, above: Array) -> Array:
+    """s = 2ab / (a + b) where ab > 0, else 0: the harmonic limiter (van Leer 1974, doi:10.1016/0021-9991(74)90019-9, eq. 67)."""
+    product = below * above
+    total = below + above
+    safe = jnp.where(product > 0, total, 1)
+    return jnp.where(product > 0, 2 * product / safe, 0)
+
+
+class StaggeredFiniteVolume(AbstractSolver):
+    """∂t u_c = −Σ_a δ_a (ū_a û_c − ν δ_a u_c) − δ_c p + f_c,  Σ_a δ_a u_a = 0.
+
+    Finite-volume Navier–Stokes on the staggered grid, periodic, second order in space; direct projection by Fourier transforms
+    with the eigenvalues of the discrete Laplacian.
+
+    **Arguments:**
+
+    - `grid`: a periodic `Grid`.
+    - `equation`: `NavierStokes(viscosity, forcing)`.
+    - `convection`: `van_leer` (upwind with the harmonic limiter; default) or `central` (conserves kinetic energy exactly in
+      space without viscosity).
+
+    Order 2 (1 at extrema with the limiter). Momentum and, by projection, ∇·u = 0 hold to rounding with any Flux closure. Central
+    convection rings where the cell Reynolds number is large.
+    """
+
+    grid: Grid
+    equation: NavierStokes
+    convection: Convection = eqx.field(static=True, default="van_leer")
+    arrays: dict[str, Array] | None = None
+
+    places: ClassVar = (Flux, Source, PostStep)
+
+    def __check_init__(self):
+        if self.grid.ndim < 2:
+            raise ValueError(f"grid: incompressible flow needs two or three axes, found shape {self.grid.shape}")
+        if min(self.grid.shape) < 4:
+            raise ValueError(f"grid: a finite-volume solver needs at least 4 cells per axis, found {self.grid.shape}")
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        return self.equation.velocity(self._places)
+
+    @property
+    def _places(self):
+        return tuple(tuple(1.0 if b == a else 0.5 for b in range(self.grid.ndim)) for a in range(self.grid.ndim))
+
+    # -- arrays that no step changes --------------------------------------------------------------------------------------------
+
+    def prepare(self, dtype) -> Self:
+        eigenvalues = np.zeros(())
+        for k, h in zip(self.grid.wavenumbers(), self.grid.spacing, strict=True):
+            eigenvalues = eigenvalues - (2 / h * np.sin(k * h / 2)) ** 2
+        inverse = np.where(eigenvalues < 0, 1 / np.where(eigenvalues < 0, eigenvalues, 1.0), 0.0)
+        arrays = {"inverse_laplacian": jnp.asarray(inverse, dtype)}
+        if self.equation.forcing is not None:
+            arrays["force"] = self.equation.forcing.acceleration(self.grid, self._places, dtype)
+        return eqx.tree_at(lambda s: s.arrays, self, arrays, is_leaf=lambda a: a is None)
+
+    def _arrays(self, dtype) -> dict[str, Array]:
+        arrays = self.arrays if self.arrays is not None else self.prepare(dtype).arrays
+        assert arrays is not None
+        return arrays
+
+    # -- representation ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, u: Float[Array, "d *grid"]) -> PyTree:
+        return {"u": self.project(u), "injected": jnp.zeros((u.shape[0],), u.dtype)}
+
+    def decode(self, z: PyTree) -> Float[Array, "d *grid"]:
+        return z["u"]
+
+    def constrain(self, z: PyTree) -> PyTree:
+        return {**z, "u": self.project(z["u"])}
+
+    def divergence(self, u: Float[Array, "d *grid"]) -> Float[Array, "*grid"]:
+        """Σ_a (u_{a,i} − u_{a,i−1}) / Δx_a at the cell centres."""
+        terms = [(q - shift(q, -1, a)) / h for a, (q, h) in enumerate(zip(u, self.grid.spacing, strict=True))]
+        return sum(terms[1:], terms[0])
+
+    def project(self, u: Float[Array, "d *grid"]) -> Float[Array, "d *grid"]:
+        """u − δφ with δ·δφ = δ·u: the orthogonal projection onto discretely divergence-free fields."""
+        hat = jnp.fft.rfftn(self.divergence(u)) * self._arrays(u.dtype)["inverse_laplacian"]
+        phi = jnp.fft.irfftn(hat, s=self.grid.shape)
+        return jnp.stack([q - (shift(phi, 1, a) - phi) / h for a, (q, h) in enumerate(zip(u, self.grid.spacing, strict=True))])
+
+    def restrict(self, u: Float[Array, "d *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "d *grid"]:
+        """Exact means over the coarse faces: sums of fine fluxes, so that δ·u stays zero.
+
+        From a staggered grid that this one divides these are block means; from cell-centred values they are the face means of the
+        trigonometric interpolant (phase shift to the face, times sinc(k Δx/2) along it).
+        """
+        if not np.allclose(grid.lengths, self.grid.lengths, rtol=1e-12):
+            raise ValueError(f"the fine and the coarse grid must span the same box, found {grid.lengths} and {self.grid.lengths}")
+        out = []
+        for a, (q, fine) in enumerate(zip(u, variables, strict=True)):
+            at = self._places[a]
+            if fine.at == at and all(n % m == 0 for n, m in zip(grid.shape, self.grid.shape, strict=True)):
+                out.append(face_mean(q, tuple(n // m for n, m in zip(grid.shape, self.grid.shape, strict=True)), a))
+            else:
+                across = tuple(b != a for b in range(self.grid.ndim))
+                out.append(resample(q, self.grid.shape, fine.at, at, average=across, alias=True))
+        return jnp.stack(out)
+
+    # -- what closures see ------------------------------------------------------------------------------------------------------
+
+    def flux_place(self, axis: int, channel: int):
+        return self.grid.flux_place(self._places[channel], axis)
+
+    def move(self, array, from_, to):
+        for axis, (a, b) in enumerate(zip(from_, to, strict=True)):
+            if a != b:
+                array = 0.5 * (array + shift(array, 1 if b > a else -1, axis))
+        return array
+
+    def derivative(self, array, at, axis):
+        h = self.grid.spacing[axis]
+        step = (array - shift(array, -1, axis)) if at[axis] == 1 else (shift(array, 1, axis) - array)
+        return step / h, self.grid.flux_place(at, axis)
+
+    def _difference(self, q: Array, axis: int, channel: int) -> Array:
+        """∂_axis of component `channel`, at its flux point."""
+        return self.derivative(q, self._places[channel], axis)[0]
+
+    def gradient(self, u: Float[Array, "d *grid"]) -> Float[Array, "d d *grid"]:
+        dims = range(self.grid.ndim)
+        return jnp.stack([jnp.stack([self._difference(u[c], a, c) for c in dims]) for a in dims])
+
+    def flux_divergence(self, flux: Float[Array, "d d *grid"]) -> Float[Array, "d *grid"]:
+        """Σ_a δ_a F[a, c] at the faces of component c."""
+        out = []
+        for c in range(self.grid.ndim):
+            terms = []
+            for a, h in enumerate(self.grid.spacing):
+                f = flux[a][c]
+                terms.append(((shift(f, 1, a) - f) if a == c else (f - shift(f, -1, a))) / h)
+            out.append(sum(terms[1:], terms[0]))
+        return jnp.stack(out)
+
+    # -- right-hand side --------------------------------------------------------------------------------------------------------
+
+    def linear(self) -> PyTree | None:
+        return None
+
+    def _convective_flux(self, u: Float[Array, "d *grid"], axis: int, c: int) -> Array:
+        """ū_a û_c at the flux point of component c along `axis`."""
+        q = u[c]
+        if axis == c:
+            # Flux point i is the centre of cell i, between faces i − 1 and i.
+            left, right = shift(q, -1, axis), q
+            carrier = 0.5 * (left + right)
+        else:
+            # Flux point i is the edge between face values i and i + 1 along `axis`.
+            left, right = q, shift(q, 1, axis)
+            carrier = 0.5 * (u[axis] + shift(u[axis], 1, c))
+        if self.convection == "central":
+            return carrier * (0.5 * (left + right))
+        jump = right - left
+        slope = limited_slope(jump, shift(jump, 1, axis))
+        # `slope` at index i belongs to the value on the right of flux point i.
+        upwind = jnp.where(carrier > 0, left + 0.5 * shift(slope, -1, axis), right - 0.5 * slope)
+        return carrier * upwind
+
+    def explicit(self, z, t, tendency):
+        u = z["u"]
+        arrays = self._arrays(u.dtype)
+        viscosity = jnp.asarray(self.equation.viscosity, u.dtype)
+        dims = range(self.grid.ndim)
+        flux = [[self._convective_flux(u, a, c) - viscosity * self._difference(u[c], a, c) for c in dims] for a in dims]
+        rate = -self.flux_divergence(flux)
+        injected = jnp.zeros_like(z["injected"])
+        if self.equation.forcing is not None:
+            force = arrays["force"] - jnp.asarray(self.equation.drag, u.dtype) * u
+            rate = rate + force
+            injected = force.mean(axis=tuple(range(1, u.ndim)))
+        extra = tendency(z, t)
+        if extra is not None:
+            rate = rate + extra["u"]
+        return {"u": rate, "injected": injected}
+
+    def receive(self, flux, source):
+        rate = None if flux is None else -self.flux_divergence(flux)
+        if source is not None:
+            rate = source if rate is None else rate + source
+        return {"u": rate}
+
+    def collect(self, z):
+        return {**z, "injected": jnp.zeros_like(z["injected"])}, z["injected"]
+
+    def stable_dt(self, u):
+        """1 / (max Σ_a |u_a| / Δx_a + 2 ν Σ_a 1/Δx_a²): advection and explicit diffusion at Courant number 1."""
+        advection = sum(jnp.abs(q) / h for q, h in zip(u, self.grid.spacing, strict=True))
+        diffusion = 2 * jnp.asarray(self.equation.viscosity, u.dtype) * sum(1 / h**2 for h in self.grid.spacing)
+        return 1 / jnp.maximum(jnp.max(advection) + diffusion, jnp.finfo(u.dtype).tiny)

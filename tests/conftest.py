@@ -1,0 +1,44 @@
+"""What holds in every test: annotations are executed, ranks are never promoted silently, precision is restored."""
+
+from collections.abc import Iterator
+
+import jaxtyping
+
+# every function and class of the package, the rooms included, is checked against its annotations while tests run
+_hook = jaxtyping.install_import_hook("hybridsim", "beartype.beartype")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision for one test."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed random key."""
+    return jax.random.key(20240229)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fixed generator of host random numbers."""
+    return np.random.default_rng(20240229)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_between_tests(tmp_path, monkeypatch) -> Iterator[None]:
+    """Each test has its own cache folder, and leaves the precision as it found it."""
+    monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "cache"))
+    before = jax.config.jax_enable_x64
+    yield
+    assert jax.config.jax_enable_x64 == before, "a test changed jax_enable_x64 and did not restore it: use the fixture x64"

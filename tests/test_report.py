@@ -1,0 +1,380 @@
+"""The report of a made-up experiment: two solvers, five runs, one of which diverges half way."""
+
+import base64
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hybridsim import diagnostics, report
+from hybridsim.contract import Variable
+from hybridsim.grid import Grid
+
+TWO_PI = 2 * np.pi
+FINE = Grid((64, 64), (TWO_PI, TWO_PI))
+TIMES = np.linspace(0, 5, 26)
+MODES = 15
+CONFIG = """\
+name: coarse_turbulence
+equation: {use: navier_stokes, viscosity: 1.0e-3, forcing: {use: kolmogorov, wavenumber: 4, amplitude: 1.0, drag: 0.1}}
+domain: {lengths: [6.283185307179586, 6.283185307179586]}
+time: {end: 5.0, frames: 25, statistics_from: 2.0}
+reference: {solver: spectral, shape: [256, 256], precision: float64}
+runs:
+  bare_32: {solver: spectral, shape: [32, 32], dt: 0.02, stepper: etdrk4}
+  learned_32: {solver: spectral, shape: [32, 32], dt: 0.02, corrections: [{use: learned_flux, weights: kolmogorov_32}]}
+  bare_64: {solver: finite_volume, shape: [64, 64], dt: 0.014, stepper: ssprk3}
+  smagorinsky_64: {solver: finite_volume, shape: [64, 64], dt: 0.014, corrections: [{use: smagorinsky, cs: 0.17}]}
+  learned_64: {solver: finite_volume, shape: [64, 64], dt: 0.014, corrections: [{use: "my_closure.py:Flux", width: 8}]}
+compare: {modes: 15}
+"""
+HOSTILE = "<script>alert('$x_1$')</script>"
+
+
+def velocity_on(grid, variables, psi, hat):
+    """Velocity of the streamfunction Σ ψ̂ exp(i k x) on a grid, by exact sampling at each variable's place."""
+    kx, ky = psi
+    out = []
+    for variable, factor in zip(variables, (1j * ky, -1j * kx), strict=True):
+        x, y = grid.coordinates(variable.at)
+        left, right = np.exp(1j * np.outer(kx[:, 0], x)), np.exp(1j * np.outer(ky[0], y))
+        out.append((left.T @ (hat * factor) @ right).real)
+    return np.stack(out, axis=-3)
+
+
+def random_flow(rng, samples, modes):
+    """ψ̂(sample, time, kx, ky) of a field with E ~ k³ … k⁻³ whose phases turn with the eddy rate."""
+    n = np.arange(-modes, modes + 1.0)
+    kx, ky = np.meshgrid(n, n, indexing="ij")
+    k = np.hypot(kx, ky)
+    size = np.where(k > 0, np.maximum(k, 1e-9) ** -1.5 * np.sqrt(k**3 / (1 + (k / 4) ** 6)) / np.maximum(k, 1), 0)
+    start = size * np.exp(1j * rng.uniform(0, TWO_PI, (samples, 1, *k.shape)))
+    turn = rng.standard_normal((samples, 1, *k.shape)) * 0.5 * np.maximum(k, 1e-9) ** (2 / 3)
+    return (kx, ky), start * np.exp(1j * turn * TIMES[:, None, None])
+
+
+def make_folder(path, *, samples=3, hostile=False):
+    rng = np.random.default_rng(7)
+    psi, truth = random_flow(rng, samples, 31)
+    _, other = random_flow(rng, samples, 31)
+    k = np.hypot(*psi)
+    groups = {
+        "spectral_32x32": (Grid((32, 32), (TWO_PI, TWO_PI)), (0.5, 0.5), (0.5, 0.5), (np.abs(psi[0]) < 16) & (np.abs(psi[1]) < 16)),
+        "finite_volume_64x64": (Grid((64, 64), (TWO_PI, TWO_PI)), (1.0, 0.5), (0.5, 1.0), k >= 0),
+    }
+    reference = path / "reference.nc"
+    filtered = {}
+    for i, (name, (grid, at_u, at_v, keep)) in enumerate(groups.items()):
+        variables = (Variable("u", "1", at_u), Variable("v", "1", at_v))
+        ds = diagnostics.field_dataset(velocity_on(grid, variables, psi, truth * keep), TIMES, grid, variables)
+        ds = diagnostics.with_diagnostics(ds, grid, variables, statistics_from=2.0)
+        ds.to_netcdf(reference, mode="w" if i == 0 else "a", group=name)
+        filtered[name] = (ds, grid, variables, keep)
+    variables = (Variable("u", "1", (0.5, 0.5)), Variable("v", "1", (0.5, 0.5)))
+    shots = [5, 10, 15, 20]
+    fine = diagnostics.field_dataset(velocity_on(FINE, variables, psi, truth[:1, shots]), TIMES[shots], FINE, variables)
+    fine.to_netcdf(reference, mode="a", group="fine")
+    decay = 1 - 2e-9 * np.exp(3.5 * TIMES) * np.linspace(0.4, 2, samples)[:, None]
+    half = xr.Dataset({"correlation": (("sample", "time"), np.clip(decay, 0, 1))}, {"time": TIMES})
+    until = diagnostics.crossing_time(TIMES, half["correlation"].mean("sample").values, 0.99)[0]
+    half.attrs.update(converged_until=until, shape=[256, 256], half_shape=[128, 128], dt=0.002)
+    half.to_netcdf(reference, mode="a", group="convergence")
+
+    recipes = {
+        "bare_32": ("spectral_32x32", 1.0, 0.04, 0.3),
+        "learned_32": ("spectral_32x32", 3.6, 0.09, 0.05),
+        "bare_64": ("finite_volume_64x64", 1.5, 0.2, -0.6),
+        HOSTILE if hostile else "smagorinsky_64": ("finite_volume_64x64", 1.9, 0.25, -0.9),
+        "learned_64": ("finite_volume_64x64", 3.3, 0.5, -0.1),
+    }
+    runs = {}
+    for label, (group, t95, cost, tilt) in recipes.items():
+        ds_ref, grid, variables, keep = filtered[group]
+        stretch = np.linspace(0.85, 1.15, samples)[:, None]
+        angle = np.minimum(np.pi / 2, np.arccos(0.95) * (TIMES / (t95 * stretch)) ** 3)[..., None, None]
+        mixed = (np.cos(angle) * truth + np.sin(angle) * other) * keep
+        u = velocity_on(grid, variables, psi, mixed * np.exp(tilt * (k / 12) ** 2 * np.minimum(TIMES, 2)[:, None, None] / 2))
+        u = u * (1 + 1e-7 * rng.standard_normal(u.shape))
+        outcome = "finished"
+        if label == "smagorinsky_64":
+            outcome = "diverged at t = 2.6"
+            u[:, 14:] = np.nan
+        u = u.astype(np.float32)
+        attrs = {"label": label, "reference_group": group, "outcome": outcome, "version": "0.1.0", "title": "made up"}
+        ds = diagnostics.field_dataset(u, TIMES, grid, variables, attrs)
+        ds = diagnostics.with_diagnostics(ds, grid, variables, reference=ds_ref, modes=MODES, statistics_from=2.0)
+        name = "hostile" if label == HOSTILE else label
+        ds.to_netcdf(path / f"{name}.nc")
+        rho = ds["correlation"].values
+        found95, found80 = (diagnostics.t_correlated(TIMES, rho, level) for level in (0.95, 0.8))
+        error = diagnostics.spectrum_error(
+            ds["spectrum"].mean("sample").values,
+            ds_ref["spectrum"].mean("sample").values,
+            np.arange(ds.sizes["wavenumber"]),
+            grid.shape,
+        )
+        learned = label.startswith("learned")
+        last = ds["drift"].isel(time=10).max("sample")
+        runs[label] = {
+            "outcome": outcome,
+            "accuracy": {"metric": "t95", "value": found95.time},
+            "t95": found95.time,
+            "t95_at_least": found95.at_least,
+            "t80": found80.time,
+            "t80_at_least": found80.at_least,
+            "spectrum_error": error if np.isfinite(error) else None,
+            "drift": {v: float(last.sel(variable=v)) for v in ("u", "v")},
+            "divergence_max": float(ds["divergence_max"].isel(time=slice(0, 10)).max()),
+            "seconds_per_unit_time": cost,
+            "cell_steps_per_second": 1e7,
+            "compile_seconds": 1.5,
+            "parameters": 4210 if learned else 0,
+            "steps": 400,
+            "dt": 0.02 if group.startswith("spectral") else 0.014,
+        }
+    checks = [
+        {
+            "name": "drift",
+            "run": label,
+            "value": 3e-8,
+            "limit": 1e-6,
+            "passed": True,
+            "sentence": f"{label}: momentum drift 3.0e-08 ≤ 1.0e-06",
+        }
+        for label in runs
+    ]
+    checks.append(
+        {
+            "name": "spectrum_error",
+            "run": "learned_32",
+            "value": runs["learned_32"]["spectrum_error"],
+            "limit": 0.01,
+            "passed": False,
+            "sentence": "learned_32: spectrum_error is above 0.01",
+        }
+    )
+    summary = {
+        "name": HOSTILE if hostile else "coarse_turbulence",
+        "device": "cpu (2 cores)",
+        "precision": "float32",
+        "versions": {"hybridsim": "0.1.0", "jax": "0.10.2", "numpy": "2.4.6"},
+        "config_hash": "3f9a1c07b2",
+        "runs": runs,
+        "checks": checks,
+        "reference": {"converged_until": until, "shape": [256, 256], "dt": 0.002, "seconds": 61.0, "cached": False},
+    }
+    (path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    updates = np.arange(600)
+    unroll = np.array([4, 8, 16, 32])[np.minimum(3, updates // 150)]
+    loss = 0.05 * np.exp(-(updates % 150) / 60) / (1 + updates / 80) * np.exp(0.25 * rng.standard_normal(600))
+    history = [
+        {"update": int(i), "loss": float(x), "unroll": int(h), "rate": 1e-3, "seconds": 0.2 * i}
+        for i, x, h in zip(updates, loss, unroll, strict=True)
+    ]
+    for i in range(49, 600, 50):
+        history[i]["validation_t95"] = 1.5 + 2 * (1 - np.exp(-i / 200)) + 0.1 * float(rng.standard_normal())
+    (path / "training.json").write_text(json.dumps(history), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = make_folder(tmp_path_factory.mktemp("run"))
+    report.write_report(path)
+    return path
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that stay open, what is loaded, and the text."""
+
+    VOID = ("meta", "img", "br", "link", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.sources, self.text = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+def test_page_holds_everything_and_loads_nothing(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    assert "script" not in page.tags
+    assert page.sources
+    assert all(s.startswith("data:image/png;base64,") for s in page.sources)
+    assert not re.search(r"https?://|@import|url\(", text)
+    names = {"vorticity", "correlation", "spectra", "conservation", "cost", "energy", "convergence", "training"}
+    assert {file.stem for file in (folder / "figures").glob("*.png")} == names
+    inlined = [base64.b64decode(s.partition(",")[2]) for s in page.sources]
+    assert sorted(inlined) == sorted(file.read_bytes() for file in (folder / "figures").glob("*.png"))
+    shown = " ".join(page.text)
+    for part in (
+        "learned_64",
+        "bare_32",
+        "diverged at t = 2.6",
+        "3f9a1c07b2",
+        "2 cores",
+        "jax 0.10.2",
+        "float32",
+        "cs 0.17",
+        "use: kolmogorov",
+    ):
+        assert part in shown, part
+    assert not list(folder.glob("**/*.tmp"))
+
+
+def test_figures_are_not_blank(folder):
+    from matplotlib.image import imread
+
+    for file in (folder / "figures").glob("*.png"):
+        picture = imread(file)[..., :3]
+        assert 600 < picture.shape[1] < 2400, file.name
+        assert (picture.min(axis=-1) < 0.8).mean() > 0.005, file.name
+        # nothing is cut off: the outermost pixels are paper
+        edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        assert (edge > 0.99).all(), file.name
+
+
+def test_words_on_figures_do_not_overlap(folder):
+    import matplotlib
+
+    found = report.read_folder(folder)
+    with matplotlib.rc_context(report.STYLE):
+        for name, _, _, figure in report._figures(found):
+            figure.draw_without_rendering()
+            renderer = figure.canvas.get_renderer()
+            words = [t for t in figure.findobj(match=matplotlib.text.Text) if t.get_visible() and t.get_text().strip()]
+            boxes = []
+            for word in words:
+                box = word.get_window_extent(renderer)
+                inside = word.axes is None or word.get_in_layout()
+                if box.width and inside and figure.bbox.overlaps(box) and word.axes not in hidden(figure):
+                    boxes.append((word.get_text(), box.padded(-1)))
+            for i, (first, a) in enumerate(boxes):
+                assert a.x0 >= -1, (name, first)
+                assert a.x1 <= figure.bbox.x1 + 1, (name, first)
+                for second, b in boxes[i + 1 :]:
+                    assert not a.overlaps(b), (name, first, second)
+
+
+def hidden(figure):
+    return [axes for axes in figure.axes if not axes.get_visible()]
+
+
+def test_runs_keep_their_colours(folder):
+    found = report.read_folder(folder)
+    colours = {r.label: r.colour for r in found.runs}
+    assert len(set(colours.values())) == len(colours)
+    figure = report.correlation_figure(found)
+    drawn = {line.get_label(): line.get_color() for line in figure.axes[0].lines if not line.get_label().startswith("_")}
+    assert {k: drawn[k] for k in colours} == colours
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f"background:{c}" in text for c in colours.values())
+
+
+def test_best_values_are_bold_and_diverged_runs_are_not(folder):
+    rows = {r["label"]: r for r in report._rows(report.read_folder(folder))}
+    best95 = [label for label, r in rows.items() if r["cells"][1]["best"]]
+    assert best95 == ["learned_32"]
+    assert not any(c["best"] for c in rows["smagorinsky_64"]["cells"])
+    assert rows["bare_32"]["bare"]
+    assert not rows["learned_64"]["bare"]
+    assert rows["smagorinsky_64"]["closure"] == "smagorinsky (cs 0.17)"
+    assert rows["learned_64"]["closure"] == "Flux (width 8)"
+
+
+def test_missing_parts_leave_their_figures_out(tmp_path):
+    make_folder(tmp_path, samples=1)
+    (tmp_path / "reference.nc").unlink()
+    (tmp_path / "training.json").unlink()
+    (tmp_path / "learned_32.nc").unlink()
+    (tmp_path / "config.yaml").unlink()
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "learned_32" in page
+    assert {f.stem for f in (tmp_path / "figures").iterdir()} == {"vorticity", "correlation", "conservation", "cost", "energy"}
+    with pytest.raises(FileNotFoundError, match=r"no summary\.json"):
+        report.write_report(tmp_path / "figures")
+
+
+def test_hostile_names_stay_text(tmp_path):
+    make_folder(tmp_path, samples=1, hostile=True)
+    page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert HOSTILE in "".join(page.text)
+
+
+SUMMARY = {
+    "runs": {
+        "bare": {"outcome": "finished", "t95": 1.5},
+        "eddy": {"outcome": "finished", "t95": 1.2},
+        "learned": {"outcome": "finished", "t95": 3.3},
+    },
+    "checks": [{"name": "drift", "run": "bare", "passed": True}, {"name": "spectrum_error", "run": "learned", "passed": True}],
+}
+
+
+def test_verdict():
+    assert report.verdict(SUMMARY) == "All 2 checks passed. learned keeps ρ ≥ 0.95 to t = 3.3, 2.2 times as long as bare (1.5)."
+    failed = SUMMARY | {"checks": [SUMMARY["checks"][0], SUMMARY["checks"][1] | {"passed": False}]}
+    assert report.verdict(failed).startswith("1 of 2 checks failed (learned: spectrum_error).")
+    runs = SUMMARY["runs"]
+    worse = {"runs": {"bare": runs["bare"], "eddy": runs["eddy"]}, "checks": []}
+    assert report.verdict(worse) == "eddy keeps ρ ≥ 0.95 to t = 1.2, 0.8 times as long as bare (1.5): no gain."
+    never = {"runs": runs | {"learned": {"outcome": "finished", "t95": None, "t95_at_least": 5.0}}, "checks": []}
+    assert report.verdict(never).endswith("learned keeps ρ ≥ 0.95 beyond t = 5, at least 3.3 times as long as bare (1.5).")
+    blown = {"runs": {"learned": {"outcome": "diverged at t = 2", "t95": 1.0}}, "checks": []}
+    assert report.verdict(blown).startswith("learned diverged at t = 2.")
+    assert report.verdict({}) == "Finished; nothing was compared or checked."
+
+
+def test_verdict_compares_within_one_grid(folder):
+    found = report.read_folder(folder)
+    text = report.verdict(found.summary, found.config)
+    assert "smagorinsky_64 diverged at t = 2.6." in text
+    assert re.search(r"On 32 × 32 spectral learned_32 keeps .* as bare_32", text)
+    assert re.search(r"On 64 × 64 finite volume learned_64 keeps .* as bare_64", text)
+
+
+def test_numbers():
+    assert [report._number(x) for x in (None, np.nan, np.inf, 0.0, 1.23456, 123456.0, 4.56e-8, 99999.0)] == [
+        "–",
+        "–",
+        "∞",
+        "0",
+        "1.23",
+        "1.2 × 10⁵",
+        "4.6 × 10⁻⁸",
+        "99999",
+    ]
+
+
+def test_training_figure(tmp_path):
+    history = [{"epoch": i, "loss": 1 / (i + 1), "unroll": 4 + i // 2} for i in range(8)]
+    assert report.training_figure(history, tmp_path / "loss.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no record"):
+        report.training_figure([], tmp_path / "none.png")
+
+
+def test_matplotlib_is_imported_late():
+    import subprocess
+    import sys
+
+    code = "import sys, hybridsim.report; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
