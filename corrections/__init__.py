@@ -7,5 +7,9 @@ if not __name__.startswith("hybridsim."):
     # a second copy of every class would be made, and no isinstance would hold
     raise ImportError("import hybridsim.corrections, not corrections: this folder is installed as a part of hybridsim")
 
-CLOSURES: dict[str, str] = {}
+CLOSURES: dict[str, str] = {
+    "learned_flux": "hybridsim.corrections.learned:LearnedFlux",
+    "leith": "hybridsim.corrections.eddy:Leith",
+    "smagorinsky": "hybridsim.corrections.eddy:Smagorinsky",
+}
 """`corrections[].use`: the closures."""

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hybridsim.contract import Flux, View
-from hybridsim.corrections.networks import CNN
+from hybridsim.corrections.networks import CNN, Activation
 
 
 class LearnedFlux(Flux):
-    """F[a, c] = −τ_ac,  τ = U² CNN(u / U): a learned stress, whose divergence the solver takes.
+    """F[a, c] = U² CNN(u / U)[a, c]: a learned stress, whose divergence the solver takes.
 
     The network sees the velocity at the cell centres and gives a tensor there, which moves to the flux points by averages; the
     same file therefore serves staggered and spectral solvers.
@@ -22,7 +22,7 @@ class LearnedFlux(Flux):
     - `width`, `depth`, `kernel`, `activation`: of the `CNN`.
     - `velocity_scale`: U, a typical speed; makes the network's input and output of order one.
     - `inputs`: `velocity`, or `gradient` (Δx ∂_a u_c: Galilean-invariant).
-    - `symmetric`: τ_ac = τ_ca, so that a local torque cannot arise.
+    - `symmetric`: F[a, c] = F[c, a], so that a local torque cannot arise.
 
     Sums of every channel are conserved to rounding for any weights. Nothing bounds the energy that it may add.
     """
@@ -38,7 +38,7 @@ class LearnedFlux(Flux):
         width: int = 16,
         depth: int = 3,
         kernel: int = 3,
-        activation: Literal["relu", "gelu", "tanh", "silu"] = "gelu",
+        activation: Activation = "gelu",
         velocity_scale: float = 1.0,
         inputs: Literal["velocity", "gradient"] = "velocity",
         symmetric: bool = True,

@@ -10,7 +10,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hybridsim.convolution import periodic_convolution
 
-ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "tanh": jnp.tanh, "silu": jax.nn.silu}
+Activation = Literal["relu", "gelu", "tanh", "silu", "gated"]
+
+
+def gated(u: Float[Array, "two_w *grid"]) -> Float[Array, "w *grid"]:
+    """a tanh(b) for channels (a, b): quadratic for small arguments, as subgrid stresses and truncation errors are, linear for large."""
+    a, b = jnp.split(u, 2)
+    return a * jnp.tanh(b)
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "tanh": jnp.tanh,
+    "silu": jax.nn.silu,
+    "gated": gated,
+}
 
 
 class Convolution(eqx.Module):
@@ -54,7 +69,7 @@ class CNN(eqx.Module):
     - `dims`: space dimensions.
     - `channels_in`, `channels_out`.
     - `width`: channels of the hidden layers; `depth`: number of hidden layers; `kernel`: odd.
-    - `activation`: σ, one of relu, gelu, tanh, silu.
+    - `activation`: σ, one of relu, gelu, tanh, silu, gated (see `gated`; doubles the channels before it).
 
     The last layer starts at zero, so that an untrained closure is no closure. Reach: (depth + 1)(kernel − 1)/2 cells.
     """
@@ -70,15 +85,16 @@ class CNN(eqx.Module):
         width: int = 16,
         depth: int = 3,
         kernel: int = 3,
-        activation: Literal["relu", "gelu", "tanh", "silu"] = "gelu",
+        activation: Activation = "gelu",
         *,
         key: PRNGKeyArray,
     ):
         sizes = [channels_in] + [width] * depth + [channels_out]
         keys = jax.random.split(key, len(sizes) - 1)
         last = len(sizes) - 2
+        double = 2 if activation == "gated" else 1
         self.layers = tuple(
-            Convolution(dims, a, b, kernel, key=k, zero=i == last)
+            Convolution(dims, a, b if i == last else double * b, kernel, key=k, zero=i == last)
             for i, (a, b, k) in enumerate(zip(sizes[:-1], sizes[1:], keys, strict=True))
         )
         self.activation = activation

@@ -10,7 +10,7 @@ Conventions: `axis` is a direction, `c` a channel. Arrays are ordered `(axis, c,
 
 import abc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -174,7 +174,7 @@ class AbstractSolver(eqx.Module):
     places: ClassVar[tuple[type[AbstractClosure], ...]]
 
     @abc.abstractmethod
-    def prepare(self, dtype: Any) -> Self:
+    def prepare(self, dtype: Any) -> "AbstractSolver":
         """The same solver with the arrays that no step changes; once per rollout, outside the scan, inside the gradient."""
 
     @abc.abstractmethod

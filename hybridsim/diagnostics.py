@@ -220,7 +220,7 @@ def correlation(u: ArrayLike, u_ref: ArrayLike, grid: Grid, variables: Sequence[
         noise = 1e-13 * np.sqrt(grid.cells) * max(np.pi * n / length for n, length in zip(grid.shape, grid.lengths, strict=True))
         return np.where(norm > noise, w / np.where(norm > 0, norm, 1.0), 0.0)
 
-    w = banded(np.where(finite[(..., *(None,) * len(inner))], u, 0.0))
+    w = banded(np.where(np.expand_dims(finite, inner), u, 0.0))
     w_ref = banded(u_ref)
     product = np.clip((w * w_ref).sum(axis=inner), -1.0, 1.0)
     empty, empty_ref = ~w.any(axis=inner), ~w_ref.any(axis=inner)

@@ -254,12 +254,12 @@ class Trajectory(eqx.Module):
     """u(t₁), …, u(t_F): frames of one rollout, the state at its end, and where and when they are.
 
     - `u`: frames `(frame, c, *grid)`.
-    - `t`: their times, float64 on the host.
+    - `t`: their times, double precision on the host.
     - `final`: the `State` to go on from.
     """
 
     u: Float[Array, "frame c *grid"]
-    t: np.ndarray = eqx.field(static=True)
+    t: tuple[float, ...] = eqx.field(static=True, converter=lambda t: tuple(float(x) for x in t))
     final: State
     solver: AbstractSolver
 
@@ -267,10 +267,10 @@ class Trajectory(eqx.Module):
         """The frames as an `xarray.Dataset` with coordinates and units (one sample)."""
         from hybridsim.diagnostics import field_dataset
 
-        return field_dataset(np.asarray(self.u)[None], self.t, self.solver.grid, self.solver.variables, {})
+        return field_dataset(np.asarray(self.u)[None], np.asarray(self.t), self.solver.grid, self.solver.variables, {})
 
 
-def nested_scan(body: Callable, init: PyTree, length: int, levels: int, unroll_last: bool = False) -> tuple[PyTree, PyTree]:
+def nested_scan(body: Callable, init: PyTree, length: int, levels: int) -> tuple[PyTree, PyTree]:
     """`lax.scan(body, init, None, length)` whose gradient keeps about levels · length^(1/levels) states instead of `length`.
 
     `levels` 0 stores everything, 1 checkpoints each step, 2 nests a checkpointed scan in a checkpointed scan, and so on
@@ -305,10 +305,22 @@ def advance(model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Ar
     return state
 
 
+def _decoded(prepared: Prepared, z: PyTree, carry: PyTree) -> Array:
+    return prepared.solver.decode(z)
+
+
 def frames_of(
-    model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, frames: int, every: int, levels: int
-) -> tuple[tuple[PyTree, PyTree, Array], Float[Array, "frame c *grid"]]:
-    """`frames` decoded states, `every` model steps apart, with nested checkpointing on `levels` levels."""
+    model: Model,
+    prepared: Prepared,
+    z: PyTree,
+    carry: PyTree,
+    step: Array,
+    frames: int,
+    every: int,
+    levels: int,
+    observe: Callable[[Prepared, PyTree, PyTree], Any] = _decoded,
+) -> tuple[tuple[PyTree, PyTree, Array], Any]:
+    """`frames` observations (by default decoded states), `every` model steps apart, with checkpointing nested on `levels` levels."""
     inner_levels = levels if frames == 1 else max(0, levels - 1) if every > 1 else 0
     outer_levels = levels if every == 1 else min(1, levels) if frames > 1 else 0
 
@@ -320,7 +332,7 @@ def frames_of(
             state, _ = step_body(state, None)
         else:
             state, _ = nested_scan(step_body, state, every, inner_levels)
-        return state, prepared.solver.decode(state[0])
+        return state, observe(prepared, state[0], state[1])
 
     return nested_scan(frame_body, (z, carry, step), frames, outer_levels)
 

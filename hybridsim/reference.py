@@ -52,11 +52,13 @@ def fine_run(
     watch: Callable[[int, Float[Array, "sample c *grid"]], None],
     *,
     courant: float = COURANT,
+    dt: float | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> tuple[Float[Array, "sample c *grid"], float]:
     """Steps all samples together and shows them to `watch(frame, u)` at t = 0, interval, …, frames · interval.
 
-    Δt is chosen anew in each interval: the largest that divides it with Courant number ≤ `courant` for the fastest sample.
+    Δt is chosen anew in each interval: the largest that divides it with Courant number ≤ `courant` for the fastest sample, or `dt`
+    if one is given.
     Returns the last states and the smallest Δt. Raises `FineRunError` when a state is no longer finite.
     """
     dtype = u.dtype
@@ -69,11 +71,10 @@ def fine_run(
         limit = float(stable(solver, u))
         if not (math.isfinite(limit) and bool(jnp.isfinite(u).all())):
             raise FineRunError(f"the fine run stopped being finite before t = {(frame - 1) * interval:g}")
-        count = max(1, math.ceil(interval / (courant * limit) - 1e-9))
-        dt = interval / count
-        smallest = min(smallest, dt)
+        count = max(1, math.ceil(interval / (courant * limit if dt is None else dt) - 1e-9))
+        smallest = min(smallest, interval / count)
         t = jnp.asarray((frame - 1) * interval, dtype)
-        z, u = leap(solver, stepper, z, t, jnp.asarray(dt), jnp.asarray(count), dtype)
+        z, u = leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype)
         watch(frame, u)
         progress(frame / frames)
     return u, smallest
@@ -150,6 +151,8 @@ def make_frames(
     frames: int,
     targets: Mapping[str, AbstractSolver],
     *,
+    courant: float = COURANT,
+    dt: float | None = None,
     half: str | None = None,
     pictures: int = 0,
     store_as: Any = None,
@@ -162,7 +165,7 @@ def make_frames(
     - `recipe`: everything that decides the numbers, in JSON's types; becomes the cache key with the digest of the sources.
     - `solver_on`: the fine discretisation on a given grid; `stepper` its time stepper.
     - `initial`, `keys`: how the starts are made, one sample per key.
-    - `grid`, `dtype`: of the fine run; `interval`, `frames`: what is kept.
+    - `grid`, `dtype`: of the fine run; `interval`, `frames`: what is kept; `courant` or `dt`: its time step after the warm-up.
     - `targets`: group name -> coarse solver, whose `restrict` is the filter.
     - `half`: name of a group for the run at half the resolution from the same starts under the first target's filter: the evidence
       that the fine run has converged.
@@ -201,22 +204,25 @@ def make_frames(
             shots.append(np.asarray(q[0], np.float32))
 
     rest = 0.9 if half else 1.0
+    how = {"courant": courant, "dt": dt}
     _, dt = fine_run(
-        solver, stepper, u, interval, frames, watch, progress=lambda x: progress("reference", share + (rest - share) * x)
+        solver, stepper, u, interval, frames, watch, **how, progress=lambda x: progress("reference", share + (rest - share) * x)
     )
     seconds = time.perf_counter() - begin
     out = {name: np.stack(series, axis=1) for name, series in groups.items()}
     if half is not None and targets:
         first = next(iter(targets.values()))
-        out[half] = _half_resolution(solver_on, stepper, u, solver, interval, frames, first, kept, lambda x: progress(
-            "reference: half resolution", rest + (1 - rest) * x))  # fmt: skip
+        out[half] = _half_resolution(
+            solver_on, stepper, u, solver, interval, frames, first, kept, how,
+            lambda x: progress("reference: half resolution", rest + (1 - rest) * x),
+        )  # fmt: skip
     picture_array = np.stack(shots) if shots else np.zeros((0,), np.float32)
     tensors = {f"group/{name}": a for name, a in out.items()} | {"pictures": picture_array}
     storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
     return Frames(times, out, picture_array, times[picture_frames], dt, seconds)
 
 
-def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, progress) -> np.ndarray:
+def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, how, progress) -> np.ndarray:
     """The same starts, cut to half the resolution and run there, under the filter of `target`."""
     coarse = Grid(tuple(n // 2 for n in solver.grid.shape), solver.grid.lengths)
     half = solver_on(coarse)
@@ -224,7 +230,7 @@ def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, ke
     restrict = eqx.filter_jit(jax.vmap(lambda q: target.restrict(q, coarse, half.variables)))
     series: list[np.ndarray] = []
     fine_run(
-        half, stepper, start, interval, frames, lambda _, q: series.append(np.asarray(restrict(q), kept)), progress=progress
+        half, stepper, start, interval, frames, lambda _, q: series.append(np.asarray(restrict(q), kept)), **how, progress=progress
     )
     return np.stack(series, axis=1)
 

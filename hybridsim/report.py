@@ -9,19 +9,18 @@ import base64
 import dataclasses
 import datetime
 import io
-import json
 import math
-import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
 import yaml
 
-from hybridsim import diagnostics
+from hybridsim import diagnostics, storage
 from hybridsim.contract import Variable
 from hybridsim.grid import Grid
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
 REFERENCE_COLOUR = "#222222"
 DPI = 160
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -57,6 +56,10 @@ STYLE = {
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
 }
+
+
+SHADE: dict[str, Any] = {"facecolor": "#e9ebef", "zorder": 0, "linewidth": 0}
+LIMIT: dict[str, Any] = {"color": "#6b7280", "linewidth": 0.9, "linestyle": (0, (3, 3)), "zorder": 1}
 
 
 # Reading a folder
@@ -112,9 +115,11 @@ class Folder:
 
     @property
     def converged_until(self) -> float | None:
-        value = self.references["convergence"].attrs.get("converged_until") if "convergence" in self.references else None
-        value = self.summary.get("reference", {}).get("converged_until") if value is None or value == "" else value
-        return None if value is None or value == "" else float(value)
+        stated = [(self.summary.get("reference") or {}).get("converged_until")]
+        if "convergence" in self.references:
+            stated.insert(0, self.references["convergence"].attrs.get("converged_until"))
+        numbers = [float(v) for v in stated if isinstance(v, int | float | np.number) and math.isfinite(v)]
+        return numbers[0] if numbers else None
 
     @property
     def window_end(self) -> float | None:
@@ -128,39 +133,36 @@ def read_folder(path: Path) -> Folder:
     summary_file, config_file = path / "summary.json", path / "config.yaml"
     if not summary_file.is_file():
         raise FileNotFoundError(f"{path}: no summary.json; the folder holds no finished experiment")
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    summary = storage.read_json(summary_file)
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     config = yaml.safe_load(config_text) or {}
     inside = {file.stem: file for file in path.glob("*.nc")}
     runs = []
     for i, (label, numbers) in enumerate(summary.get("runs", {}).items()):
-        with xr.open_dataset(inside[label]) if label in inside else xr.Dataset() as opened:
-            data = opened.load()
+        data = storage.open_dataset(inside[label]) if label in inside else None
         settings = (config.get("runs") or {}).get(label) or {}
         lap = i // len(PALETTE)
         dash = ("-", (0, (5, 1, 1, 1)), (0, (1, 1)))[lap % 3]
-        runs.append(Run(label, numbers, settings, data if data.sizes else None, PALETTE[i % len(PALETTE)], dash))
+        runs.append(Run(label, numbers, settings, data, PALETTE[i % len(PALETTE)], dash))
     references = {}
     if "reference" in inside:
-        for group, opened in xr.open_groups(inside["reference"]).items():
-            with opened as dataset:
-                if dataset.data_vars:
-                    references[group.strip("/")] = dataset.load()
+        references = {
+            group: storage.open_dataset(inside["reference"], group) for group in storage.dataset_groups(inside["reference"])
+        }
     return Folder(path, config, config_text, summary, tuple(runs), references, _read_training(path))
 
 
 def _read_training(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Training histories by name: `training.json` holds one list of records, or a mapping from name (a seed, say) to such lists."""
     if (path / "training.json").is_file():
-        found = json.loads((path / "training.json").read_text(encoding="utf-8"))
+        found = storage.read_json(path / "training.json")
         if isinstance(found, dict) and isinstance(found.get("history"), list):
             found = found["history"]
         if isinstance(found, list):
             found = {"": found}
-        return {str(name): records for name, records in found.items() if isinstance(records, list) and records}
+        return {str(n): records for n, records in found.items() if isinstance(records, list) and any("loss" in r for r in records)}
     if (path / "training.nc").is_file():
-        with xr.open_dataset(path / "training.nc") as opened:
-            table = opened.load().to_dataframe().reset_index()
+        table = storage.open_dataset(path / "training.nc").to_dataframe().reset_index()
         return {"": table.to_dict("records")}
     return {}
 
@@ -201,6 +203,11 @@ def _number(x: float | int | None, digits: int = 3) -> str:
         return f"{x:.0f}" if "e" in text else text
     mantissa, exponent = f"{x:.{min(digits, 2) - 1}e}".split("e")
     return f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def _bound(text: str) -> str:
+    """`t = 3`, `64 × 64` and the like stay on one line."""
+    return re.sub(r" ([=≥×]) ", "\u00a0\\1\u00a0", text)
 
 
 def _named(part: Any) -> str:
@@ -274,7 +281,7 @@ def verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None = None)
         here = [r for r in runs if r not in bare and (not config or _solver(settings.get(r) or {}) == place)]
         scored = {r: t for r in here if (t := _t(runs[r])) is not None}
         base = {r: t for r in bare if (t := _t(runs[r])) is not None}
-        where = f"On {place} " if place else ""
+        where = f"On {place}, " if place else ""
         if not scored:
             if base and not here:
                 best = max(base, key=lambda r: base[r])
@@ -290,41 +297,43 @@ def verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None = None)
             elif base[rival] > 0:
                 ratio = scored[best] / base[rival]
                 least = "at least " if runs[best].get("t95") is None else ""
-                text += f", {least}{ratio:.2g} times as long as {rival} ({_number(base[rival])})"
+                text += f", {least}{ratio:.2g} times as long as {rival} ({base[rival]:.2f})"
                 text += ": no gain" if ratio <= 1 and not least else ""
         parts.append(text + ".")
     return " ".join(parts) or "Finished; nothing was compared or checked."
 
 
 def _until(numbers: Mapping[str, Any]) -> str:
-    """`to t = 3.1`, or `beyond t = 5`."""
+    """`to t = 3.14`, or `beyond t = 5`."""
     if numbers.get("t95") is not None:
-        return f"to t = {_number(numbers['t95'])}"
+        return f"to t = {numbers['t95']:.2f}"
     return f"beyond t = {_number(numbers.get('t95_at_least'))}"
 
 
 # Figures
 
 
-def _figure(width: float, height: float, **options: Any) -> "Figure":
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, **({"layout": "constrained"} | options))
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def _legend(figure: "Figure", handles: Sequence[Any], width: float) -> None:
-    """One legend under all panels, with as many columns as the longest label leaves room for."""
-    longest = max((len(str(h.get_label())) for h in handles), default=1)
-    columns = max(1, min(len(handles), int(width / (0.075 * longest + 0.6))))
+    """One legend under all panels, in one row if it fits, else in columns as wide as the longest label."""
+    widths = [0.068 * len(str(h.get_label())) + 0.62 for h in handles]
+    columns = len(handles) if sum(widths) < width else max(1, int(width / max(widths)))
     figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.6)
 
 
-def _note(axes: "Axes", text: str, xy: tuple[Any, Any], coordinates: Any, offset: tuple[Any, Any], **options: Any) -> None:
+def _note(
+    axes: "Axes", text: str, xy: tuple[Any, Any], coordinates: Any, offset: tuple[Any, Any], fontsize: float = 7.5, **options: Any
+) -> None:
     """Small words beside a place, an offset in points away from it."""
-    axes.annotate(text, xy, xycoords=coordinates, xytext=offset, textcoords="offset points", **({"fontsize": 7.5} | options))
+    axes.annotate(text, xy, xycoords=coordinates, xytext=offset, textcoords="offset points", fontsize=fontsize, **options)
 
 
 def _handles(runs: Sequence[Run], *, reference: str | None = "reference") -> list[Any]:
@@ -358,15 +367,11 @@ def _end_mark(axes: "Axes", times: np.ndarray, values: np.ndarray, colour: str) 
         axes.plot(times[good[-1]], values[good[-1]], "x", color=colour, markersize=7, markeredgewidth=2, clip_on=False, zorder=6)
 
 
-def _shade_unconverged(axes: "Axes", folder: Folder, *, words: bool = True) -> None:
+def _shade_unconverged(axes: "Axes", folder: Folder) -> None:
     """Grey where the reference itself is no longer converged."""
     start, end = folder.converged_until, folder.window_end
-    if start is None or end is None or start >= end * (1 - 1e-9):
-        return
-    axes.axvspan(start, end, color="#eceef1", zorder=0, linewidth=0)
-    if words:
-        x = (start + end) / 2
-        axes.text(x, 0.985, "reference\nnot converged", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7.5)
+    if start is not None and end is not None and start < end * (1 - 1e-9):
+        axes.axvspan(start, end, label="reference not converged", **SHADE)
 
 
 def vorticity_figure(folder: Folder) -> "Figure | None":
@@ -411,7 +416,7 @@ def vorticity_figure(folder: Folder) -> "Figure | None":
     limit = float(np.quantile(np.abs(np.concatenate([w[np.isfinite(w)] for w in pool])), 0.995)) or 1.0
 
     aspect = min(2.0, max(0.35, lengths[1] / lengths[0]))
-    side, gap, left, right, top, bottom = 1.5, 0.07, 1.75, 0.85, 0.32, 0.08
+    side, gap, left, right, top, bottom = 1.5 if len(rows) < 6 else 1.28, 0.07, 1.75, 0.85, 0.32, 0.08
     width = left + len(times) * (side + gap) + right
     height = top + len(rows) * (side * aspect + gap) + bottom
     figure = _figure(width, height, layout=None)
@@ -419,7 +424,7 @@ def vorticity_figure(folder: Folder) -> "Figure | None":
     for i, (label, detail, colour, shots, rho) in enumerate(rows):
         y = height - top - (i + 1) * (side * aspect + gap) + gap
         middle = (y + side * aspect / 2) / height
-        name = textwrap.fill(_plain(label), 19)
+        name = textwrap.fill(_plain(label).replace("_", "_ "), 19).replace("_ ", "_")
         x = (left - 0.14) / width
         figure.text(x, middle + 0.02 / height, name, ha="right", va="bottom", color=colour, weight="bold", fontsize=9)
         figure.text(x, middle - 0.04 / height, textwrap.fill(_plain(detail), 22), ha="right", va="top", fontsize=7.5)
@@ -438,7 +443,8 @@ def vorticity_figure(folder: Folder) -> "Figure | None":
             image = axes.imshow(w.T, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, aspect="auto")
             if rho is not None:
                 box = {"boxstyle": "round,pad=0.22", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-                axes.text(0.04, 0.05, f"ρ {rho[j]:.2f}", transform=axes.transAxes, fontsize=7.5, bbox=box)
+                words = f"ρ {rho[j] + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
+                axes.text(0.04, 0.05, words, transform=axes.transAxes, fontsize=7.5, bbox=box)
     if image is not None:
         bar_height = min(height - top - bottom, 3.2)
         axes = figure.add_axes(
@@ -481,18 +487,11 @@ def correlation_figure(folder: Folder) -> "Figure | None":
                 )
     if "convergence" in folder.references and "correlation" in folder.references["convergence"]:
         half = folder.references["convergence"]["correlation"]
-        axes.plot(
-            half["time"],
-            _sample_mean(half),
-            color=REFERENCE_COLOUR,
-            linewidth=1.1,
-            linestyle=":",
-            label="reference at half resolution",
-        )
+        axes.plot(half["time"], _sample_mean(half), ":", color=REFERENCE_COLOUR, linewidth=1.1, label="half-resolution reference")
     for level in (0.95, 0.8):
-        axes.axhline(level, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
+        axes.axhline(level, **LIMIT)
         axes.annotate(
-            f"{level:g}",
+            f"{level:.2f}",
             (1, level),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
@@ -502,7 +501,9 @@ def correlation_figure(folder: Folder) -> "Figure | None":
         )
     axes.set(xlabel=_time_label(folder), ylabel="correlation ρ with the reference", ylim=(max(-0.25, lowest - 0.03), 1.015))
     axes.set_xlim(0 if float(times[0]) >= 0 else float(times[0]), folder.window_end)
-    figure.legend(loc="outside right upper", handlelength=2.6, labelspacing=0.7)
+    handles, _ = axes.get_legend_handles_labels()
+    handles.sort(key=lambda h: h.get_label() == "reference not converged")
+    figure.legend(handles=handles, loc="outside right upper", handlelength=2.6, labelspacing=0.7)
     return figure
 
 
@@ -512,12 +513,14 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     groups = [g for g in folder.groups if "spectrum" in folder.references[g] and any(r.group == g for r in runs)]
     if not groups:
         return None
+    from matplotlib.patches import Patch
+
     ndim = _layout(folder.references[groups[0]])[0].ndim
     power, text = (5 / 3, "k$^{5/3}$ E(k)") if ndim == 3 else (3.0, "k³ E(k)")
     width = 9.2 if len(groups) > 1 else 6.4
     figure = _figure(width, 5.2)
     panels = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=(2.2, 1))
-    tops = []
+    tops, drawn, worst = [], [], 1.0
     for column, group in enumerate(groups):
         upper, lower = panels[0, column], panels[1, column]
         reference = folder.references[group]
@@ -536,31 +539,30 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
             if good.any():
                 upper.loglog(k[good], (k**power * found)[good], **run.line)
                 lower.loglog(k[good], (found / truth)[good], **run.line)
+                drawn.append(run)
+                scored = good & (k <= 2 / 3 * nyquist)
+                worst = max([worst, *np.exp(np.abs(np.log((found / truth)[scored])))])
         lower.axhline(1, color=REFERENCE_COLOUR, linewidth=3, alpha=0.5, zorder=1)
         for axes in (upper, lower):
-            axes.axvspan(2 / 3 * nyquist, nyquist, color="#eceef1", zorder=0, linewidth=0)
+            axes.axvspan(2 / 3 * nyquist, nyquist, **SHADE)
             axes.set_xlim(k[shown][0], nyquist)
         size = " × ".join(str(n) for n in grid.shape)
         upper.set_title(f"{size} {str(group).rpartition('_')[0].replace('_', ' ')}")
-        upper.text(
-            np.sqrt(2 / 3) * nyquist,
-            0.02,
-            "not scored",
-            transform=upper.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=7,
-            rotation=90,
-        )
+        ticks = [k0 * 2.0**i for i in range(12) if 2.0**i * k0 <= nyquist * 1.001]
+        lower.set_xticks(ticks, [_number(t) for t in ticks])
+        lower.minorticks_off()
         lower.set_xlabel("wavenumber k" + _unit(reference["wavenumber"]))
     pool = np.concatenate(tops)
     pool = pool[pool > 0]
     panels[0, 0].set_ylim(pool.min() / 3, pool.max() * 3)
     panels[0, 0].set_ylabel(text)
     panels[1, 0].set_ylabel("E / E reference")
-    panels[1, 0].set_ylim(0.1, 10)
-    panels[1, 0].set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
-    _legend(figure, _handles([r for r in runs if r.group in groups]), width)
+    # the scored part sets the range, in one of four sizes
+    reach = next((m for m in (1.5, 2.0, 4.0) if worst <= 0.95 * m), 10.0)
+    panels[1, 0].set_ylim(1 / reach, reach)
+    panels[1, 0].set_yticks([1 / reach, 1, reach], [_number(1 / reach, 2), "1", _number(reach)])
+    panels[1, 0].minorticks_off()
+    _legend(figure, [*_handles(drawn), Patch(**SHADE, label="not scored")], width)
     return figure
 
 
@@ -573,10 +575,13 @@ def conservation_figure(folder: Folder) -> "Figure | None":
         panels.append(("divergence_max", ""))
     if not panels:
         return None
+    from matplotlib.lines import Line2D
+
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(9.2, 2.75 * rows + 0.35)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    limited = False
     for axes in grid.ravel()[len(panels) :]:
         axes.set_visible(False)
     for axes, (key, name) in zip(grid.ravel(), panels, strict=False):
@@ -586,21 +591,23 @@ def conservation_figure(folder: Folder) -> "Figure | None":
                 continue
             data = run.data[key].sel(variable=name) if name else run.data[key]
             times, values = np.asarray(data["time"], dtype=np.float64), _sample_max(data)
-            # zero has no logarithm: an exact sum is drawn at the rounding of one number
-            values = np.where(np.isfinite(values), np.maximum(values, 1e-17), np.nan)
+            # zero has no logarithm: the trivial one at the start is left out, any other lies below the panel
+            values = np.where(values == 0, np.where(times == times[0], np.nan, 1e-300), values)
             axes.semilogy(times, values, **run.line)
             _end_mark(axes, times, values, run.colour)
-            if np.isfinite(values).any():
-                low, high = min(low, float(np.nanmin(values))), max(high, float(np.nanmax(values)))
+            shown = values[np.isfinite(values) & (values > 1e-300)]
+            if shown.size:
+                low, high = min(low, float(shown.min())), max(high, float(shown.max()))
         limits = {c["limit"] for c in folder.summary.get("checks", []) if c.get("name", "").split(".")[0] == key and c.get("limit")}
-        for limit in sorted(limits):
-            axes.axhline(limit, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 3)))
-            _note(axes, "limit", (0.01, limit), ("axes fraction", "data"), (0, 2))
-        low, high = min([low, *limits]), max([high, *limits])
-        axes.set_ylim(max(low / 5, 1e-18), max(min(high, 1e3), low, 1e-16) * 10)
+        for limit in limits:
+            axes.axhline(limit, **LIMIT)
+        limited = limited or bool(limits)
+        low, high = min([low, 1.0, *limits]), min(max([high, 1e-17, *limits]), 1e3)
+        axes.set_ylim(max(low, 1e-18) / 4, high * 4)
         axes.set_title(f"drift of Σ{_plain(name)}, relative" if name else "max |∇·u| Δx / max |u|")
         axes.set_xlabel(_time_label(folder))
-    _legend(figure, _handles(runs, reference=None), 9.2)
+    handles = _handles(runs, reference=None)
+    _legend(figure, [*handles, Line2D([], [], **LIMIT, label="limit of the checks")] if limited else handles, 9.2)
     return figure
 
 
@@ -682,7 +689,7 @@ def cost_figure(folder: Folder) -> "Figure | None":
             markeredgewidth=1.8,
             zorder=5,
         )
-    axes.set(xlabel="seconds per unit of simulated time", ylabel="t95 (correlated until)")
+    axes.set(xlabel="seconds per unit of simulated time", ylabel="t95: time with ρ ≥ 0.95")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     labels = [(x, y, _plain(r.label), r.colour) for x, y, r in points]
@@ -759,14 +766,14 @@ def convergence_figure(folder: Folder) -> "Figure | None":
         return None
     figure = _figure(6.4, 3.0)
     axes = figure.subplots()
-    _shade_unconverged(axes, folder, words=False)
+    _shade_unconverged(axes, folder)
     times = np.asarray(data["time"], dtype=np.float64)
     values = np.asarray(data["correlation"], dtype=np.float64).reshape(-1, times.size)
     for sample in values:
         axes.semilogy(times, np.maximum(1 - sample, 1e-16), color="#9aa0a8", linewidth=0.7)
     axes.semilogy(times, np.maximum(1 - values.mean(axis=0), 1e-16), color=REFERENCE_COLOUR, linewidth=2)
-    axes.axhline(0.01, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 3)))
-    _note(axes, "ρ = 0.99", (0.01, 0.01), ("axes fraction", "data"), (0, 3), fontsize=8)
+    axes.axhline(0.01, **LIMIT)
+    _note(axes, "ρ = 0.99", (1, 0.01), ("axes fraction", "data"), (4, 0), va="center", fontsize=8.0)
     positive = (1 - values)[1 - values > 1e-16]
     axes.set_ylim(max(1e-16, float(positive.min()) / 3) if positive.size else 1e-16, 2)
     axes.set(xlabel=_time_label(folder), ylabel="1 − ρ,\nhalf against full resolution")
@@ -774,11 +781,17 @@ def convergence_figure(folder: Folder) -> "Figure | None":
     return figure
 
 
-def _loss_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure | None":
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`{validation: {t95: 3.1}}` -> `{validation t95: 3.1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def _loss_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     """Loss over updates, with the unroll lengths and the validation scores."""
-    histories = {name: records for name, records in histories.items() if any("loss" in r for r in records)}
-    if not histories:
-        return None
+    histories = {name: [_flat(r) for r in records] for name, records in histories.items()}
     first = next(iter(histories.values()))
     scores = list(dict.fromkeys(k for h in histories.values() for r in h for k in r if str(k).startswith(("validation", "score"))))[
         :2
@@ -797,12 +810,14 @@ def _loss_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figur
         colour, x, loss = PALETTE[i % len(PALETTE)], column(records, key), column(records, "loss")
         width = max(1, len(loss) // 60)
         panels[0].semilogy(x, np.where(loss > 0, loss, np.nan), color=colour, linewidth=0.7, alpha=0.35 if width > 1 else 1.0)
-        if width > 1:
-            good = np.isfinite(loss) & (loss > 0)
-            logs = np.convolve(np.log(loss[good]), np.ones(width) / width, mode="valid")
-            panels[0].semilogy(
-                x[good][width // 2 : width // 2 + len(logs)], np.exp(logs), color=colour, linewidth=1.9, label=_plain(name)
-            )
+        horizon = np.nan_to_num(column(records, "unroll"))
+        pieces = np.split(np.arange(len(loss)), np.flatnonzero(np.diff(horizon)) + 1)
+        for piece in pieces if width > 1 else ():
+            piece = piece[np.isfinite(loss[piece]) & (loss[piece] > 0)]
+            window = np.ones(min(width, max(1, len(piece))))
+            count = np.convolve(np.ones(len(piece)), window, mode="same") if len(piece) else np.ones(0)
+            logs = np.convolve(np.log(loss[piece]), window, mode="same") / count if len(piece) else np.ones(0)
+            panels[0].semilogy(x[piece], np.exp(logs), color=colour, linewidth=1.9)
         for axes, score in zip(panels[1:], scores, strict=True):
             values = column(records, score)
             good = np.isfinite(values)
@@ -853,25 +868,11 @@ def training_figure(history: list[dict], path: Path) -> Path:
         raise ValueError("the training history holds no record with a loss")
     with matplotlib.rc_context(STYLE):
         figure = _loss_figure({"": history})
-        _write(Path(path), _png(figure)) if figure is not None else None
+        storage.atomic_write(path, _png(figure))
     return Path(path)
 
 
 # The page
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _png(figure: "Figure") -> bytes:
@@ -915,12 +916,13 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
             for key, level in (("t95", 0.95), ("t80", 0.8)):
                 found = diagnostics.t_correlated(np.asarray(data["time"]), np.asarray(data), level)
                 if found.low is not None and n.get(key) is not None:
-                    ranges[key] = f"{_number(found.low)} … {_number(found.high) if found.high is not None else 'beyond'}"
+                    ranges[key] = f"{found.low:.2f} – {'beyond' if found.high is None else f'{found.high:.2f}'}"
         drifts = [v for v in (n.get("drift") or {}).values() if v is not None]
 
         def time_cell(key: str, n: Mapping[str, Any] = n, ranges: dict[str, str] = ranges) -> dict[str, Any]:
-            text = _number(_t(n, key))
-            return _cell(f"≥ {text}" if n.get(key) is None and text != "–" else text, _t(n, key), ranges.get(key, ""))
+            value = _t(n, key)
+            text = "–" if value is None else f"{'≥ ' if n.get(key) is None else ''}{value:.2f}"
+            return _cell(text, value, ranges.get(key, ""))
 
         speed = cost / seconds if cost and seconds else None
         error = n.get("spectrum_error")
@@ -940,10 +942,10 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
                 "label": run.label,
                 "bare": run.bare,
                 "colour": run.colour,
-                "solver": _solver(run.config),
+                "solver": _bound(_solver(run.config)),
                 "closure": ", ".join(_named(c) for c in run.config.get("corrections") or ()) or "none",
                 "cells": cells,
-                "outcome": outcome,
+                "outcome": _bound(outcome),
                 "diverged": run.diverged,
             }
         )
@@ -967,9 +969,9 @@ def _reference_row(folder: Folder) -> dict[str, Any] | None:
     cells = [_cell("") for _ in range(len(COLUMNS) - 4)]
     cells[0]["text"], cells[6]["text"] = _number(reference.get("dt"), 4), _number(_reference_cost(folder))
     until = folder.converged_until
-    outcome = f"converged to t = {_number(until)}" if until is not None else ""
-    solver = f"{shape} {str(solver).replace('_', ' ')}".strip()
-    return {"label": "reference", "solver": solver, "colour": REFERENCE_COLOUR, "cells": cells, "outcome": outcome}
+    outcome = f"converged to t\u00a0=\u00a0{_number(until)}" if until is not None else ""
+    solver = _bound(f"{shape} {str(solver).replace('_', ' ')}".strip())
+    return {"label": "reference", "solver": solver, "colour": "var(--ink)", "cells": cells, "outcome": outcome}
 
 
 def _setting(folder: Folder) -> str:
@@ -1055,7 +1057,7 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
             "conservation",
             "Conservation and divergence",
             "Largest over the starts. Drift is the change of the sum, less what forcing and drag are known to add, "
-            "over Σ|u| at the start. Exact zeros are drawn at 10⁻¹⁷; × ends a diverged run.",
+            "over Σ|u| at the start. A line that leaves a panel downwards is exactly zero; × ends a diverged run.",
             conservation_figure,
         ),
         (
@@ -1081,7 +1083,7 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
             "training",
             "Training",
             "Loss of every update (pale) and its running geometric mean; vertical lines: the unrolled horizon grows.",
-            lambda f: _loss_figure(f.training),
+            lambda f: _loss_figure(f.training) if f.training else None,
         ),
     )
     drawn = ((name, title, caption, recipe(folder)) for name, title, caption, recipe in recipes)
@@ -1101,7 +1103,7 @@ def write_report(folder: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         for name, title, caption, figure in _figures(found):
             content = _png(figure)
-            _write(found.path / "figures" / f"{name}.png", content)
+            storage.atomic_write(found.path / "figures" / f"{name}.png", content)
             width = round(100 * figure.get_figwidth())
             data = base64.b64encode(content).decode("ascii")
             figures.append({"name": name, "title": title, "caption": caption, "data": data, "width": width})
@@ -1118,7 +1120,7 @@ def write_report(folder: Path) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         name=str(found.summary.get("name", found.path.name)),
-        verdict=verdict(found.summary, found.config),
+        verdict=_bound(verdict(found.summary, found.config)),
         passed=all(c.get("passed") for c in checks),
         setting=_setting(found),
         columns=COLUMNS,
@@ -1131,5 +1133,5 @@ def write_report(folder: Path) -> Path:
         config_text=found.config_text,
     )
     target = found.path / "report.html"
-    _write(target, page.encode("utf-8"))
+    storage.atomic_write(target, page)
     return target

@@ -671,11 +671,10 @@ class Checkpoints:
 # --- weights of closures ----------------------------------------------------------------------------------------------------------
 
 
-def _trainable(closure: Any) -> list[tuple[str, Any]]:
+def _trainable(closure: Any) -> tuple[list[tuple[str, Any]], Any]:
     import equinox as eqx
 
-    named, _ = _named_leaves(eqx.filter(closure, eqx.is_inexact_array))
-    return named
+    return _named_leaves(eqx.filter(closure, eqx.is_inexact_array))
 
 
 def save_weights(path: str | os.PathLike, closure: Any, header: Mapping[str, Any]) -> str:
@@ -687,7 +686,7 @@ def save_weights(path: str | os.PathLike, closure: Any, header: Mapping[str, Any
     - `closure`: any Equinox module.
     - `header`: what a reader needs to know: the closure's configuration, versions, a summary of the training.
     """
-    tensors = {name: tensor for name, leaf in _trainable(closure) if (tensor := _to_tensor(name, leaf)) is not None}
+    tensors = {name: tensor for name, leaf in _trainable(closure)[0] if (tensor := _to_tensor(name, leaf)) is not None}
     return _write_tensors(path, tensors, {"weights": dict(header)})
 
 
@@ -701,7 +700,7 @@ def load_weights(path: str | os.PathLike, closure: Any) -> Any:
     import jax
 
     path = Path(path)
-    named, structure = _named_leaves(eqx.filter(closure, eqx.is_inexact_array))
+    named, structure = _trainable(closure)
     wanted = {name: stored for name, leaf in named if (stored := _stored_as(name, leaf)) is not None}
     tensors, meta, _ = _load_matching(path, wanted, widen=True)
     if "weights" not in meta:

@@ -7,17 +7,35 @@ if not __name__.startswith("hybridsim."):
     # a second copy of every class would be made, and no isinstance would hold
     raise ImportError("import hybridsim.solvers, not solvers: this folder is installed as a part of hybridsim")
 
-EQUATIONS: dict[str, str] = {}
+EQUATIONS: dict[str, str] = {
+    "navier_stokes": "hybridsim.solvers.incompressible:NavierStokes",
+}
 """`equation.use`: the physics."""
 
-SOLVERS: dict[str, dict[str, str]] = {}
-"""`solver`, then `equation.use`: the discretisation of that equation."""
+SOLVERS: dict[str, dict[str, str]] = {
+    "navier_stokes": {
+        "finite_volume": "hybridsim.solvers.finite_volume:StaggeredFiniteVolume",
+        "spectral": "hybridsim.solvers.spectral:Spectral2D",
+    },
+}
+"""`equation.use`, then `solver`: the discretisations of that equation."""
 
-STEPPERS: dict[str, str] = {}
+STEPPERS: dict[str, str] = {
+    "crank_nicolson_rk4": "hybridsim.solvers.steppers:CrankNicolsonRK4",
+    "etdrk4": "hybridsim.solvers.steppers:ETDRK4",
+    "forward_euler": "hybridsim.solvers.steppers:ForwardEuler",
+    "ssprk2": "hybridsim.solvers.steppers:SSPRK2",
+    "ssprk3": "hybridsim.solvers.steppers:SSPRK3",
+}
 """`stepper`: the time integrators."""
 
-FORCINGS: dict[str, str] = {}
+FORCINGS: dict[str, str] = {
+    "kolmogorov": "hybridsim.solvers.incompressible:Kolmogorov",
+    "linear_drag": "hybridsim.solvers.incompressible:LinearDrag",
+}
 """`equation.forcing.use`: the body forces."""
 
-INITIAL: dict[str, str] = {}
+INITIAL: dict[str, str] = {
+    "random_velocity": "hybridsim.solvers.initial:RandomVelocity",
+}
 """`initial.use`: the initial states."""

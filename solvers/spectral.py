@@ -4,7 +4,7 @@ The state is the velocity at the cell centres; inside, the 2D solver steps the v
 those of the samples at (i + ½) Δx: every operation here is translation-invariant, so the half-cell phase never enters.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class Spectral2D(AbstractSolver):
 
     # -- arrays that no step changes --------------------------------------------------------------------------------------------
 
-    def prepare(self, dtype) -> Self:
+    def prepare(self, dtype) -> "Spectral2D":
         kx, ky = self.grid.wavenumbers()
         keep = dealiasing_mask(self.grid, "none")
         square = kx**2 + ky**2

@@ -1,0 +1,239 @@
+"""The commands: run, train, show, check, list, schema.
+
+Exit codes: 0 done and all checks passed · 1 a check failed · 2 bad input, before any compilation · 3 a run without `may_diverge`
+diverged · 130 and 143 interrupted, state saved.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hybridsim.config import Experiment
+
+app = typer.Typer(
+    name="hybridsim",
+    help="Coarse simulations with learned closures that behave like fine ones.",
+    epilog="EXPERIMENT is a YAML file or the name of a shipped experiment: see `hybridsim list experiments`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ExperimentName = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or the name of a shipped experiment.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override any key, for example runs.bare.shape=[32,32].")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results.  [default: runs/NAME]")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # what reads a pipe or a file does not want lines folded at 80
+    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+
+
+def _start_jax() -> None:
+    """Double precision before anything is traced; no warning about GPUs that are not there."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for name in ("jax._src.xla_bridge", "jax._src.hardware_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _leave(action: Callable[[], int]) -> NoReturn:
+    """Run the action and exit with its code; every refusal is one line on stderr and exit code 2."""
+    from hybridsim.signals import STOP, Interrupted
+    from hybridsim.yaml_reader import ConfigError
+
+    def refuse(error: BaseException) -> int:
+        typer.echo(f"hybridsim: {_one_line(error)}", err=True)
+        return 2
+
+    try:
+        with STOP.listening():
+            code = action()
+    except ConfigError as error:
+        code = refuse(error)
+    except Interrupted as error:
+        typer.echo(f"hybridsim: stopped by {error}; the state is saved, go on with --resume", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # the reader of a pipe has gone; nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        storage = sys.modules.get("hybridsim.storage")
+        if storage is None or not isinstance(error, storage.StorageError):
+            raise
+        code = refuse(error)
+    raise typer.Exit(code)
+
+
+def _load(name: str, overrides: list[str] | None) -> "Experiment":
+    from hybridsim.config import load_experiment
+
+    return load_experiment(name, overrides or ())
+
+
+def _folder(experiment: "Experiment", out: Path | None) -> Path:
+    from hybridsim.yaml_reader import ConfigError
+
+    folder = Path("runs") / experiment.name if out is None else out
+    for parent in (folder, *folder.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"--out: {parent} is a file; choose another folder")
+    return folder
+
+
+@app.command()
+def run(experiment: ExperimentName, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+    """Run an experiment: reference, runs, checks, report."""
+
+    def action() -> int:
+        _start_jax()
+        loaded = _load(experiment, overrides)
+        folder = _folder(loaded, out)
+        from hybridsim.experiment import run_experiment
+
+        return run_experiment(loaded, folder, resume, _console())
+
+    _leave(action)
+
+
+@app.command()
+def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+    """Train the closure that the experiment's `train:` names, with the solver in the loop."""
+
+    def action() -> int:
+        _start_jax()
+        loaded = _load(experiment, overrides)
+        if loaded.spec.train is None:
+            from hybridsim.yaml_reader import ConfigError
+
+            raise ConfigError(f"train: {loaded.name} has no section 'train', so there is nothing to train; add one")
+        folder = _folder(loaded, out)
+        from hybridsim.train import train_experiment
+
+        return train_experiment(loaded, folder, resume, _console())
+
+    _leave(action)
+
+
+@app.command()
+def show(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Time a few steps of each run.")] = True,
+) -> None:
+    """Show what a run computes: every formula with file and line, time step, parameters, memory, time."""
+
+    def action() -> int:
+        _start_jax()
+        from hybridsim.show import show_experiment
+
+        show_experiment(_load(experiment, overrides), _console(), timing)
+        return 0
+
+    _leave(action)
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="my_closure.py:MyClosure, a closure's name, or an experiment.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Arguments of the closure, or overrides of the experiment.")
+    ] = None,
+) -> None:
+    """Check a closure (conservation, gradients, finiteness, ...) in every solver, or an experiment's YAML."""
+
+    def action() -> int:
+        from hybridsim.config import catalogue
+
+        _start_jax()
+        if ":" in target or (target in catalogue("closures") and not Path(target).is_file()):
+            from hybridsim.check import check_closure
+
+            return check_closure(target, arguments or [], _console())
+        loaded = _load(target, arguments)
+        runs = f"{len(loaded.labels)} run{'s' if len(loaded.labels) > 1 else ''}"
+        typer.echo(f"{loaded.name}: valid; {runs}: {', '.join(loaded.labels)}; config hash {loaded.config_hash[:12]}")
+        return 0
+
+    _leave(action)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="[KIND]", help="equations, solvers, steppers, forcings, initial, closures, weights or experiments."),
+    ] = None,
+) -> None:
+    """List what can be named in YAML, with the formula of each."""
+
+    def action() -> int:
+        _start_jax()
+        from hybridsim.show import list_catalogue
+
+        list_catalogue(kind, _console())
+        return 0
+
+    _leave(action)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of an experiment's YAML, for editors."""
+
+    def action() -> int:
+        import json
+
+        _start_jax()
+        from hybridsim.config import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return 0
+
+    _leave(action)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from hybridsim import __version__
+
+        typer.echo(f"hybridsim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Coarse simulations with learned closures that behave like fine ones."""
+
+
+def main() -> None:
+    """The entry point of `hybridsim`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

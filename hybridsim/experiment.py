@@ -1,0 +1,564 @@
+"""`hybridsim run`: the reference, the runs side by side, what they are worth, and the files that say so.
+
+The outer loop is on the host, in chunks of a fixed number of frames that no clock sets. Progress, output, checkpoints, the check for
+non-finite values and signals act between chunks; nothing of them is inside the compiled step.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridsim import diagnostics, storage
+from hybridsim.contract import AbstractSolver
+from hybridsim.model import Model, Prepared, frames_of
+from hybridsim.progress import Reporter
+from hybridsim.reference import COURANT, Frames, make_frames, sample_keys
+from hybridsim.signals import STOP
+from hybridsim.train import parameters
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from rich.console import Console
+
+    from hybridsim.config import Experiment
+
+HALF = "half resolution"
+PICTURES = 6
+TIMING_ROUNDS = 3
+
+
+@dataclass
+class Blowup:
+    """Where a run first stopped being finite."""
+
+    sample: int
+    step: int
+    t: float
+    field: str
+    cell: tuple[int, ...]
+
+    def __str__(self) -> str:
+        where = ", ".join(map(str, self.cell))
+        return f"diverged at t = {self.t:.4g} (step {self.step}, sample {self.sample}, field {self.field}, cell [{where}])"
+
+
+@dataclass
+class Result:
+    """One run: its frames, its ledger, and what it cost."""
+
+    label: str
+    model: Model
+    u: np.ndarray
+    ledger: np.ndarray
+    blowups: list[Blowup] = field(default_factory=list)
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    latency: float = math.nan
+
+    @property
+    def outcome(self) -> str:
+        if not self.blowups:
+            return "finished"
+        first = min(self.blowups, key=lambda b: b.t)
+        count = len(self.blowups)
+        return str(first) + (f"; {count} of {len(self.u)} samples diverged" if len(self.u) > 1 else "")
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------------------
+
+
+def group_name(experiment: "Experiment", label: str) -> str:
+    """The name of a run's filter and grid: runs of one solver on one grid share their reference frames."""
+    spec = experiment.spec_of(label)
+    plain = "".join(c if c.isalnum() else "_" for c in spec.solver.use)
+    return f"{plain}_{'x'.join(map(str, spec.shape))}"
+
+
+def reference_recipe(experiment: "Experiment", targets: dict[str, AbstractSolver]) -> dict[str, Any]:
+    """Everything that decides the numbers of the reference."""
+    resolved = experiment.resolved
+    keep = {name: resolved[name] for name in ("equation", "domain", "initial", "samples", "reference")}
+    groups = {name: [type(s).__name__, list(s.grid.shape)] for name, s in targets.items()}
+    files = {name: digest for name, digest in experiment.files.items() if name.endswith(".py")}
+    time_keys = {name: resolved["time"][name] for name in ("end", "frames")}
+    return {**keep, "time": time_keys, "groups": groups, "courant": COURANT, "pictures": PICTURES, "files": files}
+
+
+def make_reference(experiment: "Experiment", progress: Callable[[str, float], None]) -> Frames:
+    """The reference of an experiment under every filter that its runs need, and its half-resolution twin."""
+    spec = experiment.spec.reference
+    targets = {group_name(experiment, label): experiment.solver(label) for label in experiment.labels}
+    template = experiment.reference_solver()
+    frames = experiment.spec.time.frames
+    even = all(n % 2 == 0 and n >= 16 for n in spec.shape)
+    return make_frames(
+        reference_recipe(experiment, targets),
+        lambda grid: _on_grid(template, grid),
+        experiment.stepper("reference"),
+        experiment.initial(),
+        sample_keys(experiment.spec.samples.seed, experiment.spec.samples.count),
+        template.grid,
+        np.dtype(spec.precision),
+        experiment.spec.time.end / frames,
+        frames,
+        targets,
+        courant=COURANT if spec.cfl is None else spec.cfl,
+        dt=spec.dt,
+        half=HALF if even else None,
+        pictures=PICTURES,
+        progress=progress,
+    )
+
+
+def _on_grid(solver: AbstractSolver, grid) -> AbstractSolver:
+    return eqx.tree_at(lambda s: s.grid, solver, grid)
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------------------
+
+
+def _observe(prepared: Prepared, z: Any, carry: Any) -> tuple[Any, Any]:
+    high, low = carry["ledger"]
+    return prepared.solver.decode(z), (high, low)
+
+
+@eqx.filter_jit
+def _begin(model: Model, u: Any, key: Any) -> Any:
+    """(z, carry, step) of every sample at its start."""
+    prepared = model.prepare(u.dtype)
+
+    def one(u, key):
+        return prepared.solver.encode(u), model.init_carry(u, key), jnp.zeros((), jnp.int32)
+
+    return jax.vmap(one)(u, key)
+
+
+@eqx.filter_jit
+def _chunk(model: Model, state: Any, frames: int, every: int) -> tuple[Any, Any]:
+    """`frames` frames of every sample: one sample after another on CPU, all at once elsewhere."""
+    dtype = state[1]["start"].dtype
+    prepared = model.prepare(dtype)
+
+    def one(state):
+        return frames_of(model, prepared, *state, frames, every, 0, _observe)
+
+    return jax.lax.map(one, state) if jax.default_backend() == "cpu" else jax.vmap(one)(state)
+
+
+def _chunk_length(frames: int) -> int:
+    """Frames per chunk: the largest divisor of `frames` up to ten."""
+    return max(n for n in range(1, min(10, frames) + 1) if frames % n == 0)
+
+
+def _locate(model: Model, state: Any, sample: int, frames: int, every: int) -> Blowup:
+    """Steps one sample again from the last good chunk boundary, one model step at a time, to where it first is not finite."""
+    z, carry, step = jax.tree.map(lambda a: a[sample], state)
+    prepared = eqx.filter_jit(lambda m: m.prepare(carry["start"].dtype))(model)
+    one = eqx.filter_jit(lambda m, p, s: m(*s, p))
+    decode = jax.jit(prepared.solver.decode)
+    current = (z, carry, step)
+    for _ in range(frames * every):
+        current = one(model, prepared, current)
+        u = np.asarray(decode(current[0]))
+        if not np.isfinite(u).all():
+            break
+    bad = np.argwhere(~np.isfinite(u))
+    first = bad[0] if len(bad) else np.zeros(u.ndim, int)
+    count = int(current[2])
+    name = model.solver.variables[int(first[0])].name
+    return Blowup(sample, count, count * model.step_time, name, tuple(int(i) for i in first[1:]))
+
+
+def _run_one(
+    experiment: "Experiment",
+    label: str,
+    model: Model,
+    start: np.ndarray,
+    work: Path,
+    resume: bool,
+    progress: Callable[[int, int], None],
+    interrupted: Callable[[Result], None],
+) -> Result:
+    """All frames of one run, from its last checkpoint if there is one."""
+    frames, every = experiment.spec.time.frames, experiment.steps_per_frame(label, model.dt).steps
+    per_chunk = _chunk_length(frames)
+    samples = len(start)
+    u0 = jnp.asarray(start, experiment.dtype(label))
+    keys = jax.random.split(jax.random.key(experiment.spec.samples.seed), samples)
+    state = _begin(model, u0, keys)
+    checkpoints = storage.Checkpoints(work / "checkpoints")
+    done, blowups, seconds, compile_seconds = 0, [], 0.0, 0.0
+    channels = start.shape[1]
+    u = np.full((samples, frames + 1, *start.shape[1:]), np.nan, u0.dtype)
+    ledger = np.zeros((samples, frames + 1, channels))
+    u[:, 0] = np.asarray(u0)
+    if resume:
+        found = checkpoints.latest(state)
+        if found is not None:
+            done, state, meta = found
+            blowups = [Blowup(**{**b, "cell": tuple(b["cell"])}) for b in meta["blowups"]]
+            seconds, compile_seconds = meta["seconds"], meta["compile_seconds"]
+            for first in range(0, done, per_chunk):
+                piece = {"u": u[:, first + 1 : first + 1 + per_chunk], "ledger": ledger[:, first + 1 : first + 1 + per_chunk]}
+                stored, _ = storage.load_tree(work / f"frames-{first:06d}.safetensors", piece)
+                u[:, first + 1 : first + 1 + per_chunk] = stored["u"]
+                ledger[:, first + 1 : first + 1 + per_chunk] = stored["ledger"]
+    else:
+        checkpoints.clear()
+    result = Result(label, model, u, ledger, blowups, seconds, compile_seconds)
+    gone = {b.sample for b in blowups}
+    begin = time.perf_counter()
+    compiled = _chunk.lower(model, state, per_chunk, every).compile()
+    result.compile_seconds += time.perf_counter() - begin
+    for first in range(done, frames, per_chunk):
+        begin = time.perf_counter()
+        new, (chunk, (high, low)) = jax.block_until_ready(compiled(model, state, per_chunk, every))
+        result.seconds += time.perf_counter() - begin
+        chunk = np.asarray(chunk)
+        span = slice(first + 1, first + 1 + per_chunk)
+        good = np.isfinite(chunk).reshape(samples, per_chunk, -1).all(axis=2)
+        good = np.logical_and.accumulate(good, axis=1)
+        for sample in range(samples):
+            if sample in gone:
+                continue
+            if not good[sample].all():
+                gone.add(sample)
+                result.blowups.append(_locate(model, state, sample, per_chunk, every))
+            u[sample, span][good[sample]] = chunk[sample][good[sample]]
+            total = np.asarray(high[sample], np.float64) + np.asarray(low[sample], np.float64)
+            ledger[sample, span] = np.where(np.isfinite(total), total, 0.0)
+        state = new
+        storage.save_tree(work / f"frames-{first:06d}.safetensors", {"u": u[:, span], "ledger": ledger[:, span]})
+        checkpoints.save(
+            first + per_chunk,
+            state,
+            {
+                "blowups": [vars(b) | {"cell": list(b.cell)} for b in result.blowups],
+                "seconds": result.seconds,
+                "compile_seconds": result.compile_seconds,
+            },
+        )
+        progress(first + per_chunk, frames)
+        if STOP.requested is not None:
+            interrupted(result)
+            STOP.check()
+        if len(gone) == samples:
+            break
+    result.latency = _latency(model, _begin(model, u0[:1], keys[:1]), per_chunk, every)
+    return result
+
+
+def _latency(model: Model, state: Any, frames: int, every: int) -> float:
+    """Seconds per unit time of one sample alone, after compilation, the least of a few rounds."""
+    compiled = _chunk.lower(model, state, frames, every).compile()
+    best = math.inf
+    for _ in range(TIMING_ROUNDS):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(model, state, frames, every))
+        best = min(best, time.perf_counter() - begin)
+    return best / (frames * every * model.step_time)
+
+
+def _reference_cost(experiment: "Experiment") -> float:
+    """Seconds per unit time of the reference solver for one sample, timed over a few steps at the Δt that it would take."""
+    solver = experiment.reference_solver()
+    dtype = np.dtype(experiment.spec.reference.precision)
+    places = tuple(v.at for v in solver.variables)
+    u = experiment.initial()(jax.random.key(0), solver.grid, places, dtype)
+    spec = experiment.spec.reference
+    dt = spec.dt if spec.dt is not None else (COURANT if spec.cfl is None else spec.cfl) * float(solver.stable_dt(u))
+    model = Model(solver, experiment.stepper("reference", solver), dt)
+    return _latency(model, _begin(model, u[None], jax.random.split(jax.random.key(0), 1)), 1, 10)
+
+
+# --- what it is worth ------------------------------------------------------------------------------------------------------------
+
+
+def _dataset(experiment: "Experiment", result: Result, reference: Frames, attrs: dict[str, Any]) -> "xr.Dataset":
+    solver = result.model.solver
+    grid, variables = solver.grid, solver.variables
+    group = group_name(experiment, result.label)
+    ds = diagnostics.field_dataset(result.u, reference.times, grid, variables, attrs)
+    truth = diagnostics.field_dataset(reference.groups[group], reference.times, grid, variables)
+    volume = grid.cells * grid.cell_volume
+    sums = diagnostics.conserved_sums(result.u[:, :1], grid) + volume * result.ledger
+    return diagnostics.with_diagnostics(
+        ds,
+        grid,
+        variables,
+        reference=truth,
+        modes=experiment.modes,
+        statistics_from=experiment.statistics_from,
+        expected_sums=sums,
+    )
+
+
+def _finite_max(values: np.ndarray) -> float | None:
+    good = values[np.isfinite(values)]
+    return float(good.max()) if good.size else None
+
+
+def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth: "xr.Dataset") -> dict[str, Any]:
+    model, solver = result.model, result.model.solver
+    times = ds["time"].values
+    t95 = diagnostics.t_correlated(times, ds["correlation"].values, 0.95)
+    t80 = diagnostics.t_correlated(times, ds["correlation"].values, 0.80)
+    unit = max(solver.grid.lengths)
+    numbers = np.rint(ds["wavenumber"].values * unit / (2 * np.pi)).astype(int)
+    # Spectra are averaged over samples as over time before they are compared; a diverged sample makes the mean NaN.
+    mean_spectrum, mean_truth = (d["spectrum"].values.mean(axis=0) for d in (ds, truth))
+    error = float(
+        diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, solver.grid.shape, solver.grid.lengths)  # pyright: ignore[reportArgumentType]
+    )
+    steps = experiment.steps_per_frame(result.label, model.dt).steps * experiment.spec.time.frames
+    samples = len(result.u)
+    simulated = samples * experiment.spec.time.end
+    return {
+        "outcome": result.outcome,
+        "accuracy": {"metric": "t95", "value": t95.time if t95.time is not None else t95.at_least},
+        "t95": t95.time,
+        "t95_at_least": t95.at_least,
+        "t95_interval": [t95.low, t95.high],
+        "t80": t80.time,
+        "t80_at_least": t80.at_least,
+        "spectrum_error": error if math.isfinite(error) else None,
+        "drift": {
+            name: _finite_max(ds["drift"].values[i]) for i, name in enumerate(ds["variable"].values.tolist())
+        },
+        "divergence_max": _finite_max(ds["divergence_max"].values) if "divergence_max" in ds else None,
+        "seconds_per_unit_time": result.latency,
+        "seconds_per_unit_time_throughput": result.seconds / simulated if simulated else None,
+        "cell_steps_per_second": solver.grid.cells * model.substeps / (result.latency * model.step_time),
+        "compile_seconds": result.compile_seconds,
+        "parameters": parameters(model.closures),
+        "steps": steps * model.substeps,
+        "dt": model.dt,
+        "group": group_name(experiment, result.label),
+    }
+
+
+LARGER_IS_BETTER = ("t95", "t80")
+
+
+def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every limit of `checks`, against the summary's own keys; a run is judged on those that name it or `all`."""
+    rows = []
+    for owner, limits in experiment.spec.checks.items():
+        for label in runs if owner == "all" else [owner]:
+            summary = runs[label]
+            for name, limit in limits.model_dump(exclude_none=True).items():
+                value = summary[name]
+                if name in LARGER_IS_BETTER and value is None:
+                    value = summary[f"{name}_at_least"]
+                if isinstance(value, dict):
+                    parts = [v for v in value.values() if v is not None]
+                    value = max(parts) if parts else None
+                reached = value is not None and (value >= limit if name in LARGER_IS_BETTER else value <= limit)
+                relation = "at least" if name in LARGER_IS_BETTER else "at most"
+                shown = "not finite" if value is None else f"{value:.3g}"
+                verb = "is" if reached else "is not"
+                rows.append(
+                    {
+                        "name": name,
+                        "run": label,
+                        "value": value,
+                        "limit": limit,
+                        "passed": bool(reached),
+                        "sentence": f"{label}: {name} = {shown} {verb} {relation} {limit:g}",
+                    }
+                )
+    return rows
+
+
+# --- the whole experiment --------------------------------------------------------------------------------------------------------
+
+
+def _model(experiment: "Experiment", label: str, start: np.ndarray) -> Model:
+    """The run's model, with Δt from the starts where a Courant number was asked for."""
+    cfl = experiment.cfl(label)
+    if cfl is None:
+        return experiment.model_for(label)
+    solver = experiment.solver(label)
+    limit = float(jnp.min(jax.vmap(solver.stable_dt)(jnp.asarray(start))))
+    return experiment.model_for(label, dt=experiment.steps_per_frame(label, cfl * limit).dt)
+
+
+def _attributes(experiment: "Experiment", label: str, environment: dict[str, Any]) -> dict[str, Any]:
+    spec = experiment.spec_of(label)
+    return {
+        "label": label,
+        "title": getattr(spec, "title", None) or label,
+        "solver": spec.solver.use,
+        "grid": " × ".join(map(str, spec.shape)),
+        "precision": spec.precision,
+        "config_hash": experiment.config_hash,
+        "seed": experiment.spec.samples.seed,
+        "version": environment["hybridsim"],
+        "commit": environment.get("commit") or "",
+    }
+
+
+def _reference_groups(experiment: "Experiment", reference: Frames, results_grid: dict[str, AbstractSolver]) -> dict[str, "xr.Dataset"]:
+    """The groups of reference.nc: one per filter and grid, `fine` pictures, and the evidence of convergence."""
+    groups: dict[str, xr.Dataset] = {}
+    for name, solver in results_grid.items():
+        grid, variables = solver.grid, solver.variables
+        ds = diagnostics.field_dataset(reference.groups[name], reference.times, grid, variables, {"filter": name})
+        groups[name] = diagnostics.with_diagnostics(ds, grid, variables, statistics_from=experiment.statistics_from)
+    fine = experiment.reference_solver()
+    if len(reference.pictures):
+        groups["fine"] = diagnostics.field_dataset(
+            reference.pictures[None], reference.picture_times, fine.grid, fine.variables, {"filter": "none"}
+        )
+    if HALF in reference.groups:
+        import xarray as xr
+
+        first, solver = next(iter(results_grid.items()))
+        rho = diagnostics.correlation(
+            reference.groups[HALF], reference.groups[first], solver.grid, solver.variables, experiment.modes
+        )
+        until, at_least = diagnostics.crossing_time(reference.times, rho.mean(axis=0), 0.99)
+        half_shape = [n // 2 for n in fine.grid.shape]
+        groups["convergence"] = xr.Dataset(
+            {"correlation": (("sample", "time"), rho, {"units": "1", "long_name": "correlation of the half-resolution run"})},
+            coords={"time": ("time", reference.times)},
+            attrs={
+                "converged_until": float(until if until is not None else at_least),  # pyright: ignore[reportArgumentType]
+                "shape": list(fine.grid.shape),
+                "half_shape": half_shape,
+                "dt": reference.dt,
+            },
+        )
+    return groups
+
+
+def run_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
+    """Everything that `hybridsim run` does; returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
+        return _run_locked(experiment, folder, resume, say)
+
+
+def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool) -> None:
+    """Refuses to mix two configurations; clears what an earlier run left unless it is resumed."""
+    import shutil
+
+    import yaml
+
+    marker = folder / "state" / "config_hash.json"
+    if resume and marker.exists():
+        found = storage.read_json(marker)
+        if found != experiment.config_hash:
+            raise storage.StorageError(
+                f"{folder}: holds the state of another configuration ({str(found)[:12]}, this one is "
+                f"{experiment.config_hash[:12]}); resume with the same YAML, or run without --resume into another --out"
+            )
+    elif (folder / "state").exists():
+        shutil.rmtree(folder / "state")
+    (folder / "state").mkdir(exist_ok=True)
+    storage.write_json(marker, experiment.config_hash)
+    text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
+    storage.atomic_write(folder / "config.yaml", text)
+
+
+def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
+    import datetime
+    import shutil
+
+    _prepare_folder(experiment, folder, resume)
+    environment = storage.environment()
+    say.line(f"{experiment.title} ({experiment.name}), {len(experiment.labels)} runs → {folder}")
+
+    def reference_progress(what: str, fraction: float) -> None:
+        say.progress(what, fraction)
+        STOP.check()
+
+    reference = make_reference(experiment, reference_progress)
+    solvers = {group_name(experiment, label): experiment.solver(label) for label in experiment.labels}
+    groups = _reference_groups(experiment, reference, solvers)
+    storage.save_groups(folder / "reference.nc", groups)
+    converged = groups["convergence"].attrs["converged_until"] if "convergence" in groups else None
+    shape = " × ".join(map(str, experiment.spec.reference.shape))
+    origin = "from the cache" if reference.cached else f"made in {reference.seconds:.0f} s"
+    say.line(
+        f"reference {shape} {experiment.spec.reference.precision}, {origin}"
+        + (f"; half the resolution agrees (ρ ≥ .99) until t = {converged:.3g}" if converged is not None else "")
+    )
+
+    summaries: dict[str, dict[str, Any]] = {}
+    for label in experiment.labels:
+        group = group_name(experiment, label)
+        start = reference.groups[group][:, 0]
+        model = _model(experiment, label, start)
+        attrs = {**_attributes(experiment, label, environment), "dt": model.dt, "reference_group": group}
+
+        def write(result: Result, attrs=attrs, label=label) -> "xr.Dataset":
+            ds = _dataset(experiment, result, reference, {**attrs, "outcome": result.outcome})
+            storage.save_dataset(folder / f"{label}.nc", ds)
+            return ds
+
+        work = folder / "state" / label
+        work.mkdir(parents=True, exist_ok=True)
+        result = _run_one(
+            experiment, label, model, start, work, resume, lambda i, n, label=label: say.progress(label, i / n), write
+        )
+        ds = write(result)
+        summaries[label] = _summarise(experiment, result, ds, groups[group])
+        say.line(_sentence(label, summaries[label]))
+
+    rows = evaluate_checks(experiment, summaries)
+    device = jax.devices()[0]
+    summary = {
+        "name": experiment.name,
+        "title": experiment.title,
+        "device": environment.get("device", device.device_kind),
+        "precision": {label: experiment.dtype(label) for label in experiment.labels},
+        "versions": environment,
+        "config_hash": experiment.config_hash,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "modes": experiment.modes,
+        "samples": experiment.spec.samples.count,
+        "reference": {
+            "shape": list(experiment.spec.reference.shape),
+            "precision": experiment.spec.reference.precision,
+            "converged_until": converged,
+            "dt": reference.dt,
+            "seconds": reference.seconds,
+            "seconds_per_unit_time": _reference_cost(experiment),
+            "cached": reference.cached,
+        },
+        "runs": summaries,
+        "checks": rows,
+    }
+    storage.write_json(folder / "summary.json", summary)
+    from hybridsim.report import write_report
+
+    page = write_report(folder)
+    shutil.rmtree(folder / "state")
+    for row in rows:
+        say.line(("✓ " if row["passed"] else "✗ ") + row["sentence"])
+    say.line(f"report: {page}")
+    blown = [
+        label
+        for label in experiment.labels
+        if summaries[label]["outcome"] != "finished" and not experiment.spec.runs[label].may_diverge
+    ]
+    if blown:
+        say.line(f"diverged without may_diverge: {', '.join(blown)}")
+        return 3
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+def _sentence(label: str, summary: dict[str, Any]) -> str:
+    t95 = f"{summary['t95']:.2f}" if summary["t95"] is not None else f"> {summary['t95_at_least']:.2f}"
+    error = "–" if summary["spectrum_error"] is None else f"{summary['spectrum_error']:.3f}"
+    cost = summary["seconds_per_unit_time"]
+    return f"{label}: t95 {t95}, spectrum error {error}, {1000 * cost:.3g} ms per unit time, {summary['outcome']}"

@@ -1,0 +1,337 @@
+"""The fixed sections of an experiment's YAML, with units and ranges: the reference of all keys.
+
+Read `Spec` first: it is the whole file. What stands beside `use:` is not listed here; it goes to the constructor that `use:` names
+and is checked against that constructor's own annotations (`config.py`).
+"""
+
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from hybridsim.yaml_reader import NUMBER, WORDS, KeyPath, key_path, nearest, show_value, suggestion
+
+_PI = re.compile(r"(?P<factor>[-+]?(?:\d+\.?\d*|\.\d+)?(?:[eE][-+]?\d+)?)\s*\*?\s*(?:pi|π)\s*(?:/\s*(?P<divisor>\d+\.?\d*))?\Z")
+
+
+def parse_length(value: Any) -> Any:
+    """`2pi`, `2*pi`, `pi/2` as the number that they mean; anything else as it is."""
+    if isinstance(value, str) and (match := _PI.match(value.strip())) and match["factor"][:1] not in ("e", "E"):
+        factor = match["factor"]
+        number = float(factor + "1" if factor in ("", "+", "-") else factor) * math.pi
+        divisor = float(match["divisor"] or 1)
+        return number / divisor if divisor else value
+    return value
+
+
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Strict(), Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1, max_length=1000)]
+Length = Annotated[float, BeforeValidator(parse_length), Strict(), Field(gt=0, allow_inf_nan=False)]
+Shape = Annotated[list[Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)]], Field(min_length=1, max_length=3)]
+Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
+Precision = Literal["float32", "float64"]
+
+
+class Section(BaseModel):
+    """A fixed part of an experiment: its keys are known, others are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    says: ClassVar[str] = "this section"
+
+
+class Use(BaseModel):
+    """A name from a table, `package.module:Class` or `file.py:Class`, with the arguments of its constructor beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    use: Text = Field(description="a short name (see `hybridsim list`), package.module:Class or file.py:Class")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Correction(Use):
+    """One closure of a run."""
+
+    evaluate: Literal["stage", "step"] | Count = Field(
+        "step", description="when it is evaluated: every stage, every solver step, or every n solver steps (n divides substeps)"
+    )
+    weights: Text | None = Field(None, description="trained weights: a shipped name, or a path relative to the YAML")
+    seed: Whole = Field(0, description="seeds the random numbers of the closure")
+
+
+class Domain(Section):
+    """The box."""
+
+    says: ClassVar[str] = "domain"
+    lengths: Annotated[list[Length], Field(min_length=1, max_length=3)] = Field(
+        description="box length per axis; 2pi is understood"
+    )
+
+
+class Samples(Section):
+    """The starts."""
+
+    says: ClassVar[str] = "samples"
+    count: Count = Field(4, description="how many random starts")
+    seed: Whole = Field(1, description="seeds the starts")
+
+
+class Time(Section):
+    """The window."""
+
+    says: ClassVar[str] = "time"
+    end: Positive = Field(description="end of the runs, a time")
+    frames: Count = Field(description="frames stored after the start, equally spaced")
+    statistics_from: NotNegative | None = Field(None, description="spectra are averaged from here to the end (default: half)")
+
+
+class Reference(Section):
+    """The fine run that all others are compared with."""
+
+    says: ClassVar[str] = "reference"
+    solver: Use = Field(Use(use="spectral"), description="the discretisation")
+    shape: Shape = Field(description="cells per axis")
+    dt: Positive | None = Field(None, description="time step; it is shortened to land on the frames")
+    cfl: Positive | None = Field(None, description="time step as a fraction of the stable one at the starts (default 0.5)")
+    stepper: Use | None = Field(None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)")
+    precision: Precision = "float64"
+
+
+class Run(Section):
+    """One coarse run."""
+
+    says: ClassVar[str] = "a run"
+    title: Text | None = Field(None, description="how the report calls it")
+    solver: Use = Field(description="the discretisation")
+    shape: Shape = Field(description="cells per axis")
+    dt: Positive | None = Field(None, description="time step; it is shortened to land on the frames")
+    cfl: Positive | None = Field(None, description="time step as a fraction of the stable one at the starts (default 0.5)")
+    stepper: Use | None = Field(None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)")
+    substeps: Count = Field(1, description="solver steps per model step")
+    precision: Precision = "float32"
+    corrections: list[Correction] = Field(default_factory=list, description="closures, added up in this order")
+    may_diverge: Flag = Field(False, description="a blow-up of this run is no failure")
+
+
+class Compare(Section):
+    """How runs are compared with the reference."""
+
+    says: ClassVar[str] = "compare"
+    modes: Count | None = Field(None, description="modes |k_i| ≤ K that are compared (default: half the coarsest N, minus 1)")
+
+
+class Checks(Section):
+    """Limits on the keys of summary.json: t95 and t80 must reach theirs, everything else must stay below."""
+
+    says: ClassVar[str] = "checks"
+    drift: NotNegative | None = Field(None, description="largest relative change of a conserved sum")
+    divergence_max: NotNegative | None = Field(None, description="largest |∇·u|, in U_max/Δx")
+    spectrum_error: NotNegative | None = Field(None, description="mean |ln E/E_ref|")
+    t95: NotNegative | None = Field(None, description="least time at which the correlation falls below .95")
+    t80: NotNegative | None = Field(None, description="least time at which the correlation falls below .80")
+    seconds_per_unit_time: NotNegative | None = Field(None, description="largest cost")
+
+
+class TrainingData(Section):
+    """The trajectories that a closure learns from."""
+
+    says: ClassVar[str] = "train.data"
+    trajectories: Count = Field(8, description="for training")
+    validation: Count = Field(4, description="for choosing, disjoint from training and from the runs' own starts")
+    time: Positive = Field(20.0, description="length of each, after the warm-up")
+    seed: Whole = Field(100, description="seeds their starts")
+
+
+class Train(Section):
+    """How the closure of one run is trained with the solver in the loop."""
+
+    says: ClassVar[str] = "train"
+    run: Text = Field(description="label of the run whose closures are trained")
+    data: TrainingData = Field(default_factory=TrainingData, description="what it learns from")
+    unroll: Annotated[list[Count], Field(min_length=1)] = Field(
+        [1, 2, 4, 8, 16, 32], description="solver steps unrolled, per phase"
+    )
+    updates: Annotated[list[Count], Field(min_length=1)] = Field([200] * 6, description="optimiser updates, per phase")
+    batch: Count = Field(8, description="trajectory pieces per update")
+    rate: Positive = Field(2e-3, description="learning rate")
+    clip: Positive = Field(1.0, description="largest norm of the gradient")
+    power: NotNegative = Field(0.5, description="p of the loss weight |k|^2p on the velocity error: 0 velocity, 1 vorticity")
+    seeds: Annotated[list[Whole], Field(min_length=1)] = Field([0], description="one training per seed")
+    validate_every: Count = Field(200, description="updates between validations")
+    checkpoint_levels: Annotated[int, Strict(), Field(ge=0, le=8)] = Field(
+        0, description="nested checkpointing of the unrolled steps"
+    )
+    patience: Count = Field(20, description="updates in a row that may be skipped because they were not finite")
+
+
+class Spec(Section):
+    """The whole file."""
+
+    says: ClassVar[str] = "an experiment"
+    name: Label | None = Field(None, description="names the run's folder (default: the file's name)")
+    title: Text | None = Field(None, description="headline of the report")
+    equation: Use = Field(description="the physics")
+    domain: Domain
+    initial: Use = Field(description="the initial states")
+    samples: Samples = Field(default_factory=Samples)
+    time: Time
+    reference: Reference
+    runs: Annotated[dict[Label, Run], Field(min_length=1)] = Field(description="label: coarse run")
+    compare: Compare = Field(default_factory=Compare)
+    checks: dict[str, Checks] = Field(default_factory=dict, description="label of a run, or `all`: limits")
+    train: Train | None = None
+
+
+# --- what pydantic found, in one sentence ----------------------------------------------------------------------------------------
+
+_NEEDS = {
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a word",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a mapping (key: value)",
+    "model_attributes_type": "a mapping (key: value)",
+    "none_required": "null",
+    "finite_number": "a finite number",
+}
+
+
+def _needs(error: Mapping[str, Any]) -> str:
+    kind, context = error["type"], error.get("ctx") or {}
+    if kind in _NEEDS:
+        return _NEEDS[kind]
+    if kind == "literal_error":
+        return "one of " + context["expected"]
+    bounds = {
+        "greater_than": ("gt", ">"),
+        "greater_than_equal": ("ge", "≥"),
+        "less_than": ("lt", "<"),
+        "less_than_equal": ("le", "≤"),
+    }
+    if kind in bounds:
+        name, sign = bounds[kind]
+        return f"a number {sign} {context[name]:g}" if isinstance(context[name], float) else f"a number {sign} {context[name]}"
+    if kind in ("too_short", "too_long"):
+        few = kind == "too_short"
+        n = context["min_length" if few else "max_length"]
+        return f"at {'least' if few else 'most'} {n} {'entry' if n == 1 else 'entries'}"
+    if kind == "string_too_short":
+        return "a word that is not empty"
+    if kind == "string_too_long":
+        return f"at most {context['max_length']} characters"
+    if kind == "string_pattern_mismatch":
+        return "a name of letters, digits, '_', '-' and '.' that starts with a letter or a digit (it names files)"
+    return re.sub(r"^Input should be |^Value error, ", "", str(error["msg"]))
+
+
+def _locate(loc: Sequence[Any], data: Any, missing: bool) -> tuple[KeyPath, Any]:
+    """The part of pydantic's location that exists in the data (the rest names members of unions)."""
+    parts: list[str | int] = []
+    for i, part in enumerate(loc):
+        known_key = isinstance(data, Mapping) and isinstance(part, str) and part in data
+        if known_key or (isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)):
+            data = data[part]
+        elif missing and i == len(loc) - 1:
+            pass
+        else:
+            continue
+        parts.append(part)
+    return tuple(parts), data
+
+
+def _model_at(model: Any, path: Sequence[str | int]) -> type[BaseModel] | None:
+    """The pydantic model that describes what stands at `path`."""
+
+    def inner(annotation: Any) -> type[BaseModel] | None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        return next((found for a in typing.get_args(annotation) if (found := inner(a))), None)
+
+    here, container = inner(model), False
+    for part in path:
+        if here is None:
+            return None
+        if container:
+            container = False
+            continue
+        fields = {f.alias or n: f for n, f in here.model_fields.items()}
+        if part not in fields:
+            return None
+        annotation = fields[part].annotation
+        container = any(typing.get_origin(a) in (dict, list) for a in (annotation, *typing.get_args(annotation)))
+        here = inner(annotation)
+    return None if container else here
+
+
+def argument_names(model: type[BaseModel]) -> list[str]:
+    return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def explain(error: ValidationError, model: type[BaseModel], data: Any, at: KeyPath = (), who: str | None = None) -> str:
+    """One sentence for what pydantic found first; `at` stands before its key paths, `who` takes the arguments."""
+    found: dict[KeyPath, list[Mapping[str, Any]]] = {}
+    for e in error.errors(include_url=False):
+        path, _ = _locate(e["loc"], data, e["type"] == "missing")
+        found.setdefault(path, []).append(e)
+    rank = {"extra_forbidden": 0, "missing": 1}
+    path = min(found, key=lambda p: (min(rank.get(e["type"], 2) for e in found[p]), -len(p)))
+    errors = found[path]
+    kind, where = errors[0]["type"], key_path((*at, *path))
+    if kind in ("extra_forbidden", "missing"):
+        owner = _model_at(model, path[:-1]) or model
+        name = str(path[-1])
+        says = who or getattr(owner, "says", owner.__name__)
+        here = _locate(path[:-1], data, False)[1]
+        possible = argument_names(owner)
+        if owner is Use or owner is Correction:
+            where, says = key_path((*at, *path[:-1])), "a mapping here"
+        if kind == "extra_forbidden":
+            if not possible:
+                return f"{where}: {says} takes no '{name}', and nothing else"
+            return f"{where}: {says} takes no '{name}'; {suggestion(name, possible, 'it takes')}"
+        others = [k for k in here if k not in possible] if isinstance(here, Mapping) else []
+        match = nearest(name, others)
+        return f"{where}: {says} needs {name!r}" + (f"; did you mean that by '{match}'?" if match else ", which is missing")
+    value = errors[0]["input"]
+    for e in errors:
+        if len(e["loc"]) and _locate(e["loc"], data, False)[0] == path:
+            value = e["input"]
+    needs = list(dict.fromkeys(_needs(e) for e in errors))
+    deeper = _model_at(model, path)
+    if deeper is not None and issubclass(deeper, Use):
+        needs = ["a name, or a mapping with 'use'"]
+    if len(needs) > 1:
+        # "a word" beside the list of words says nothing
+        needs = [n for n in needs if n not in ("null", "a word")] or needs
+    hint = ""
+    if isinstance(value, str):
+        literal = [e["ctx"]["expected"] for e in errors if e["type"] == "literal_error"]
+        options = re.findall(r"'([^']*)'", " ".join(literal))
+        if options and (match := nearest(value, options)):
+            hint = f"; did you mean {match!r}?"
+        elif NUMBER.match(value) or value in WORDS:
+            hint = "; remove the quotes"
+    found_text = f"{len(value)}" if kind in ("too_short", "too_long") and hasattr(value, "__len__") else show_value(value)
+    return f"{where}: needs {' or '.join(needs)}, found {found_text}{hint}"
