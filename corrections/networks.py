@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hybridsim.convolution import periodic_convolution
 
-Activation = Literal["relu", "gelu", "tanh", "silu", "gated"]
+Activation = Literal["relu", "gelu", "tanh", "silu", "squareplus", "gated"]
 
 
 def gated(u: Float[Array, "two_w *grid"]) -> Float[Array, "w *grid"]:
@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "gelu": jax.nn.gelu,
     "tanh": jnp.tanh,
     "silu": jax.nn.silu,
+    "squareplus": jax.nn.squareplus,
     "gated": gated,
 }
 
@@ -69,7 +70,8 @@ class CNN(eqx.Module):
     - `dims`: space dimensions.
     - `channels_in`, `channels_out`.
     - `width`: channels of the hidden layers; `depth`: number of hidden layers; `kernel`: odd.
-    - `activation`: σ, one of relu, gelu, tanh, silu, gated (see `gated`; doubles the channels before it).
+    - `activation`: σ, one of relu, gelu, tanh, silu, squareplus ((u + √(u² + 4))/2, smooth and twice as fast as gelu on CPU; Barron
+      2021, arXiv:2112.11687), gated (see `gated`; doubles the channels before it).
 
     The last layer starts at zero, so that an untrained closure is no closure. Reach: (depth + 1)(kernel − 1)/2 cells.
     """

@@ -87,10 +87,10 @@ def _leave(action: Callable[[], int]) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _load(name: str, overrides: list[str] | None) -> "Experiment":
+def _load(name: str, overrides: list[str] | None, for_training: bool = False) -> "Experiment":
     from hybridsim.config import load_experiment
 
-    return load_experiment(name, overrides or ())
+    return load_experiment(name, overrides or (), for_training=for_training)
 
 
 def _folder(experiment: "Experiment", out: Path | None) -> Path:
@@ -124,7 +124,7 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
 
     def action() -> int:
         _start_jax()
-        loaded = _load(experiment, overrides)
+        loaded = _load(experiment, overrides, for_training=True)
         if loaded.spec.train is None:
             from hybridsim.yaml_reader import ConfigError
 
@@ -215,12 +215,13 @@ def schema() -> None:
     _leave(action)
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         from hybridsim import __version__
 
         typer.echo(f"hybridsim {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback()

@@ -417,6 +417,15 @@ RESERVED = ("all", "reference")
 """Words that no run may be called: the key of `checks`, and the file reference.nc."""
 
 
+def _untrained(spec: Spec) -> Spec:
+    """The same experiment without weights: training is about to make them."""
+    runs = {}
+    for label, run in spec.runs.items():
+        corrections = [c.model_copy(update={"weights": None}) for c in run.corrections]
+        runs[label] = run.model_copy(update={"corrections": corrections})
+    return spec.model_copy(update={"runs": runs})
+
+
 class Steps(NamedTuple):
     """How a run lands on its frames: `steps` model steps of `dt · substeps` per frame."""
 
@@ -435,7 +444,8 @@ class Experiment:
     - `config_hash`: SHA-256 of `resolved` and `files` as canonical JSON.
     """
 
-    def __init__(self, spec: Spec, path: Path, shipped: bool = False):
+    def __init__(self, spec: Spec, path: Path, shipped: bool = False, for_training: bool = False):
+        spec = _untrained(spec) if for_training else spec
         self.spec = spec
         self.path = path
         self.folder = path.parent
@@ -507,16 +517,17 @@ class Experiment:
         if dt is None:
             raise ConfigError(f"{key_path(self._path(label))}.dt: this run has a cfl, so its time step is known once it starts")
         substeps = getattr(spec, "substeps", 1)
-        interval = self.spec.time.end / self.spec.time.frames
-        if not dt > 0:
-            raise ConfigError(f"{key_path(self._path(label))}.dt: needs a number > 0, found {dt}")
+        where, end, frames = key_path(self._path(label)), self.spec.time.end, self.spec.time.frames
+        if not 0 < dt <= end:
+            raise ConfigError(f"{where}.dt: needs a number > 0 and ≤ time.end = {end:g}, found {dt:g}")
+        interval = end / frames
         wanted = interval / (dt * substeps)
-        total, end = wanted * self.spec.time.frames, self.spec.time.end
+        total = max(wanted, 1.0) * substeps * frames
         if not total < MOST_STEPS:
-            raise ConfigError(
-                f"{key_path(self._path(label))}.dt: {dt:g} needs {total:.3g} model steps to reach time.end = {end:g}; at most "
-                f"{MOST_STEPS:.0e} are possible"
-            )
+            culprit = "substeps" if wanted < 1 else "dt"
+            found = substeps if wanted < 1 else dt
+            limit = f"at most {MOST_STEPS:.0e} are possible"
+            raise ConfigError(f"{where}.{culprit}: {found:g} makes {total:.3g} steps to reach time.end = {end:g}; {limit}")
         steps = max(1, math.ceil(wanted * (1 - 1e-12)))
         return Steps(steps, interval / (steps * substeps))
 
@@ -718,8 +729,8 @@ class Experiment:
     ) -> "tuple[AbstractClosure, ...]":
         """The closures of a run, in its precision, trained where `weights:` says so.
 
-        `seed` replaces their own seeds, `weights=False` leaves them untrained; `random=False` puts zeros where the constructor would
-        draw random numbers, for those who need their structure only.
+        `seed` replaces their own seeds, `weights=False` leaves them untrained; `random=False` puts zeros where the constructor
+        would draw random numbers, for those who need their structure only.
         """
         import equinox as eqx
         import jax
@@ -770,9 +781,25 @@ class Experiment:
         except (ValueError, TypeError) as error:
             raise ConfigError(prefixed(at, error)) from error
 
+    def _check_duration(self, initial: Any) -> None:
+        """Refuse what would never end, as far as it can be known where the time step follows from the flow."""
+        speed, warm_up = getattr(initial, "max_speed", None), getattr(initial, "warm_up", 0.0)
+        if not isinstance(speed, float) or not isinstance(warm_up, float):
+            return
+        for label in ("reference", *self.labels):
+            spacing = min(x / n for x, n in zip(self.spec.domain.lengths, self.spec_of(label).shape, strict=True))
+            dt = (self.cfl(label) or 0.5) * spacing / speed
+            times = {"time.end": self.spec.time.end} if self.cfl(label) else {}
+            for key, length in {**times, "initial.warm_up": warm_up if label == "reference" else 0.0}.items():
+                if not length < MOST_STEPS * dt:
+                    raise ConfigError(
+                        f"{key}: {length:g} makes about {length / dt:.3g} steps of {key_path(self._path(label))}; at most "
+                        f"{MOST_STEPS:.0e} are possible"
+                    )
+
     def _check_objects(self) -> None:
         """Build every object of every run; nothing is compiled."""
-        self.initial()
+        self._check_duration(self.initial())
         for label in ("reference", *self.labels):
             solver, spec = self.solver(label), self.spec_of(label)
             closures = self.closures_for(label, solver, random=False)
@@ -863,14 +890,14 @@ def make_part(
         checked = constructor.model.model_validate(dict(given))
     except ValidationError as error:
         raise ConfigError(explain(error, constructor.model, given, path, cls.__name__)) from None
-    arguments = {f.alias: getattr(checked, n) for n, f in constructor.model.model_fields.items()}
+    arguments = {str(f.alias): getattr(checked, n) for n, f in constructor.model.model_fields.items()}
     signature = inspect.signature(cls)
     factories = [
         n
         for n, v in arguments.items()
         if n not in given and type(signature.parameters[n].default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
     ]
-    return Part(use, constructor, {str(n): v for n, v in arguments.items() if n not in factories}, nested, path)
+    return Part(use, constructor, {n: v for n, v in arguments.items() if n not in factories}, nested, path)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------------
@@ -971,21 +998,24 @@ def read_experiment(name: str | os.PathLike) -> tuple[dict[str, Any], Path, bool
     return data, path, shipped
 
 
-def load_experiment(name_or_path: str | os.PathLike, overrides: Iterable[str] = ()) -> Experiment:
-    """The checked experiment of a YAML file or of a shipped name, with `key=value` overrides; `ConfigError` where it is wrong."""
+def load_experiment(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *, for_training: bool = False) -> Experiment:
+    """The checked experiment of a YAML file or of a shipped name, with `key=value` overrides; `ConfigError` where it is wrong.
+
+    `for_training` leaves out all weights: they need not exist yet.
+    """
     data, path, shipped = read_experiment(name_or_path)
     for override in overrides:
         apply_override(data, override)
-    return experiment_from(data, path, shipped)
+    return experiment_from(data, path, shipped, for_training)
 
 
-def experiment_from(data: Mapping[str, Any], path: Path, shipped: bool = False) -> Experiment:
+def experiment_from(data: Mapping[str, Any], path: Path, shipped: bool = False, for_training: bool = False) -> Experiment:
     """The checked experiment of plain values, as if they stood in the file `path`."""
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, Spec, data)) from None
-    return Experiment(spec, path, shipped)
+    return Experiment(spec, path, shipped, for_training)
 
 
 # --- for editors -----------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def _by_products(u: Array, weights: Array, dilation: Sequence[int]) -> Array:
     out_channels, _, *kernel = weights.shape
     grid = u.shape[1:]
     first, others = kernel[0], kernel[1:]
-    columns = u
+    # Without the barrier XLA computes whatever made u (an activation, say) once per shift.
+    columns = jax.lax.optimization_barrier(u)
     for axis in range(1, len(grid)):
         columns = jnp.concatenate(_window(columns, kernel[axis], dilation[axis], axis + 1))
     # Rows of `columns` run over (k_d, …, k_2, in); bring the weights into the same order.

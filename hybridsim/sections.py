@@ -34,6 +34,7 @@ Count = Annotated[int, Strict(), Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=1000)]
+Courant = Annotated[float, Strict(), Field(gt=0, le=10, allow_inf_nan=False)]
 Length = Annotated[float, BeforeValidator(parse_length), Strict(), Field(gt=0, allow_inf_nan=False)]
 Shape = Annotated[list[Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)]], Field(min_length=1, max_length=3)]
 Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
@@ -69,8 +70,8 @@ class Correction(Use):
     evaluate: Literal["stage", "step"] | Count = Field(
         "step", description="when it is evaluated: every stage, every solver step, or every n solver steps (n divides substeps)"
     )
-    weights: Text | None = Field(None, description="trained weights: a shipped name, or a path relative to the YAML")
-    seed: Whole = Field(0, description="seeds the random numbers of the closure")
+    weights: Text | None = Field(default=None, description="trained weights: a shipped name, or a path relative to the YAML")
+    seed: Whole = Field(default=0, description="seeds the random numbers of the closure")
 
 
 class Domain(Section):
@@ -86,8 +87,8 @@ class Samples(Section):
     """The starts."""
 
     says: ClassVar[str] = "samples"
-    count: Count = Field(4, description="how many random starts")
-    seed: Whole = Field(1, description="seeds the starts")
+    count: Count = Field(default=4, description="how many random starts")
+    seed: Whole = Field(default=1, description="seeds the starts")
 
 
 class Time(Section):
@@ -96,18 +97,22 @@ class Time(Section):
     says: ClassVar[str] = "time"
     end: Positive = Field(description="end of the runs, a time")
     frames: Count = Field(description="frames stored after the start, equally spaced")
-    statistics_from: NotNegative | None = Field(None, description="spectra are averaged from here to the end (default: half)")
+    statistics_from: NotNegative | None = Field(
+        default=None, description="spectra are averaged from here to the end (default: half)"
+    )
 
 
 class Reference(Section):
     """The fine run that all others are compared with."""
 
     says: ClassVar[str] = "reference"
-    solver: Use = Field(Use(use="spectral"), description="the discretisation")
+    solver: Use = Field(default=Use(use="spectral"), description="the discretisation")
     shape: Shape = Field(description="cells per axis")
-    dt: Positive | None = Field(None, description="time step; it is shortened to land on the frames")
-    cfl: Positive | None = Field(None, description="time step as a fraction of the stable one at the starts (default 0.5)")
-    stepper: Use | None = Field(None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)")
+    dt: Positive | None = Field(default=None, description="time step; it is shortened to land on the frames")
+    cfl: Courant | None = Field(default=None, description="time step as a fraction of the stable one at the starts (default 0.5)")
+    stepper: Use | None = Field(
+        default=None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)"
+    )
     precision: Precision = "float64"
 
 
@@ -115,45 +120,53 @@ class Run(Section):
     """One coarse run."""
 
     says: ClassVar[str] = "a run"
-    title: Text | None = Field(None, description="how the report calls it")
+    title: Text | None = Field(default=None, description="how the report calls it")
     solver: Use = Field(description="the discretisation")
     shape: Shape = Field(description="cells per axis")
-    dt: Positive | None = Field(None, description="time step; it is shortened to land on the frames")
-    cfl: Positive | None = Field(None, description="time step as a fraction of the stable one at the starts (default 0.5)")
-    stepper: Use | None = Field(None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)")
-    substeps: Count = Field(1, description="solver steps per model step")
+    dt: Positive | None = Field(default=None, description="time step; it is shortened to land on the frames")
+    cfl: Courant | None = Field(default=None, description="time step as a fraction of the stable one at the starts (default 0.5)")
+    stepper: Use | None = Field(
+        default=None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)"
+    )
+    substeps: Count = Field(default=1, description="solver steps per model step")
     precision: Precision = "float32"
     corrections: list[Correction] = Field(default_factory=list, description="closures, added up in this order")
-    may_diverge: Flag = Field(False, description="a blow-up of this run is no failure")
+    may_diverge: Flag = Field(default=False, description="a blow-up of this run is no failure")
 
 
 class Compare(Section):
     """How runs are compared with the reference."""
 
     says: ClassVar[str] = "compare"
-    modes: Count | None = Field(None, description="modes |k_i| ≤ K that are compared (default: half the coarsest N, minus 1)")
+    modes: Count | None = Field(
+        default=None, description="modes |k_i| ≤ K that are compared (default: half the coarsest N, minus 1)"
+    )
 
 
 class Checks(Section):
     """Limits on the keys of summary.json: t95 and t80 must reach theirs, everything else must stay below."""
 
     says: ClassVar[str] = "checks"
-    drift: NotNegative | None = Field(None, description="largest relative change of a conserved sum")
-    divergence_max: NotNegative | None = Field(None, description="largest |∇·u|, in U_max/Δx")
-    spectrum_error: NotNegative | None = Field(None, description="mean |ln E/E_ref|")
-    t95: NotNegative | None = Field(None, description="least time at which the correlation falls below .95")
-    t80: NotNegative | None = Field(None, description="least time at which the correlation falls below .80")
-    seconds_per_unit_time: NotNegative | None = Field(None, description="largest cost")
+    drift: NotNegative | None = Field(default=None, description="largest relative change of a conserved sum")
+    divergence_max: NotNegative | None = Field(default=None, description="largest |∇·u|, in U_max/Δx")
+    spectrum_error: NotNegative | None = Field(default=None, description="mean |ln E/E_ref|")
+    t95: NotNegative | None = Field(default=None, description="least time at which the correlation falls below .95")
+    t80: NotNegative | None = Field(default=None, description="least time at which the correlation falls below .80")
+    seconds_per_unit_time: NotNegative | None = Field(default=None, description="largest cost")
 
 
 class TrainingData(Section):
     """The trajectories that a closure learns from."""
 
     says: ClassVar[str] = "train.data"
-    trajectories: Count = Field(8, description="for training")
-    validation: Count = Field(4, description="for choosing, disjoint from training and from the runs' own starts")
-    time: Positive = Field(20.0, description="length of each, after the warm-up")
-    seed: Whole = Field(100, description="seeds their starts")
+    trajectories: Count = Field(default=8, description="for training")
+    validation: Count = Field(default=4, description="for choosing, disjoint from training and from the runs' own starts")
+    time: Positive = Field(default=20.0, description="length of each, after the warm-up")
+    validation_time: Positive = Field(default=6.0, description="length of the validation trajectories")
+    interval: Positive = Field(default=0.05, description="time between frames; a whole number of model steps lands on it")
+    seed: Whole = Field(default=100, description="seeds their starts")
+    shape: Shape | None = Field(default=None, description="cells of the fine run that makes them (default: the reference's)")
+    precision: Precision = Field(default="float32", description="of that fine run")
 
 
 class Train(Section):
@@ -163,27 +176,29 @@ class Train(Section):
     run: Text = Field(description="label of the run whose closures are trained")
     data: TrainingData = Field(default_factory=TrainingData, description="what it learns from")
     unroll: Annotated[list[Count], Field(min_length=1)] = Field(
-        [1, 2, 4, 8, 16, 32], description="solver steps unrolled, per phase"
+        default=[1, 2, 4, 8, 16, 32], description="frames (data.interval apart) unrolled, per phase"
     )
-    updates: Annotated[list[Count], Field(min_length=1)] = Field([200] * 6, description="optimiser updates, per phase")
-    batch: Count = Field(8, description="trajectory pieces per update")
-    rate: Positive = Field(2e-3, description="learning rate")
-    clip: Positive = Field(1.0, description="largest norm of the gradient")
-    power: NotNegative = Field(0.5, description="p of the loss weight |k|^2p on the velocity error: 0 velocity, 1 vorticity")
-    seeds: Annotated[list[Whole], Field(min_length=1)] = Field([0], description="one training per seed")
-    validate_every: Count = Field(200, description="updates between validations")
+    updates: Annotated[list[Count], Field(min_length=1)] = Field(default=[200] * 6, description="optimiser updates, per phase")
+    batch: Count = Field(default=8, description="trajectory pieces per update")
+    rate: Positive = Field(default=2e-3, description="learning rate")
+    clip: Positive = Field(default=1.0, description="largest norm of the gradient")
+    power: NotNegative = Field(
+        default=0.5, description="p of the loss weight |k|^2p on the velocity error: 0 velocity, 1 vorticity"
+    )
+    seeds: Annotated[list[Whole], Field(min_length=1)] = Field(default=[0], description="one training per seed")
+    validate_every: Count = Field(default=200, description="updates between validations")
     checkpoint_levels: Annotated[int, Strict(), Field(ge=0, le=8)] = Field(
-        0, description="nested checkpointing of the unrolled steps"
+        default=0, description="nested checkpointing of the unrolled steps"
     )
-    patience: Count = Field(20, description="updates in a row that may be skipped because they were not finite")
+    patience: Count = Field(default=20, description="updates in a row that may be skipped because they were not finite")
 
 
 class Spec(Section):
     """The whole file."""
 
     says: ClassVar[str] = "an experiment"
-    name: Label | None = Field(None, description="names the run's folder (default: the file's name)")
-    title: Text | None = Field(None, description="headline of the report")
+    name: Label | None = Field(default=None, description="names the run's folder (default: the file's name)")
+    title: Text | None = Field(default=None, description="headline of the report")
     equation: Use = Field(description="the physics")
     domain: Domain
     initial: Use = Field(description="the initial states")
@@ -252,7 +267,7 @@ def _locate(loc: Sequence[Any], data: Any, missing: bool) -> tuple[KeyPath, Any]
     for i, part in enumerate(loc):
         known_key = isinstance(data, Mapping) and isinstance(part, str) and part in data
         if known_key or (isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)):
-            data = data[part]
+            data = data[part]  # pyright: ignore[reportCallIssue, reportArgumentType]
         elif missing and i == len(loc) - 1:
             pass
         else:

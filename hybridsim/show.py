@@ -138,7 +138,7 @@ def seconds_per_step(model: Model, dtype: Any) -> float:
     u = jnp.asarray(np.stack([waves[-1 - c % len(waves)] for c in range(len(solver.variables))]), dtype)
 
     prepared = jax.block_until_ready(eqx.filter_jit(model.prepare)(u.dtype))
-    step = eqx.filter_jit(lambda state, prepared: model(*state, prepared))
+    step = eqx.filter_jit(lambda state, prepared: model(state[0], state[1], state[2], prepared))
     state = jax.block_until_ready(step((prepared.solver.encode(u), model.init_carry(u), jnp.asarray(0)), prepared))
     best = math.inf
     for _ in range(5):

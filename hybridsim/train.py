@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import equinox as eqx
 import jax
@@ -13,10 +14,20 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hybridsim import diagnostics
+from hybridsim import diagnostics, storage
 from hybridsim.grid import Grid
 from hybridsim.model import Model, frames_of
+from hybridsim.progress import Reporter
+from hybridsim.reference import COURANT, make_frames, sample_keys
+from hybridsim.signals import STOP
 from hybridsim.storage import Checkpoints
+from hybridsim.yaml_reader import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hybridsim.config import Experiment
+    from hybridsim.sections import Train
 
 
 @dataclass(frozen=True)
@@ -279,9 +290,11 @@ def train(
             begin = time.perf_counter()
             scores = correlation_scores(with_closures(state.weights), validation, interval, every, modes)
             record["validation"] = scores
-            if scores["t95"] > float(state.best_score):
+            # Ties (a t95 beyond the last frame, say) are decided by the mean correlation.
+            score = scores["t95"] + 1e-3 * scores["mean_correlation"]
+            if score > float(state.best_score):
                 best_update = update + 1
-                better = jnp.asarray(scores["t95"], jnp.float32)
+                better = jnp.asarray(score, jnp.float32)
                 # A copy, because the weights are donated to the next update.
                 state = eqx.tree_at(
                     lambda s: (s.best, s.best_score), state, (jax.tree.map(jnp.array, state.weights), better)
@@ -307,6 +320,235 @@ def parameters(closures: Sequence[Any]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(closures, eqx.is_inexact_array)))
 
 
-def phases(recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """(unroll, updates) of each phase."""
-    yield from zip(recipe.unroll, recipe.updates, strict=True)
+# --- the command -----------------------------------------------------------------------------------------------------------------
+
+
+def training_data(
+    experiment: "Experiment", kind: Literal["training", "validation"], progress: Callable[[str, float], None]
+) -> Float[np.ndarray, "trajectory frame c *grid"]:
+    """Filtered trajectories for the run that is trained, from the cache or made anew; their starts are disjoint from each other's
+    and from the experiment's own."""
+    spec = experiment.spec
+    assert spec.train is not None
+    data, label = spec.train.data, spec.train.run
+    target = experiment.solver(label)
+    template = experiment.reference_solver()
+    grid = experiment.grid(data.shape or spec.reference.shape, ("train", "data", "shape"))
+    count = data.trajectories if kind == "training" else data.validation
+    length = data.time if kind == "training" else data.validation_time
+    frames = max(1, round(length / data.interval))
+    # Seeds of the two kinds and of the test starts never meet: validation starts are drawn after all training ones.
+    first = 0 if kind == "training" else data.trajectories
+    keys = sample_keys(data.seed, first + count)[first:]
+    resolved = experiment.resolved
+    recipe = {
+        **{name: resolved[name] for name in ("equation", "domain", "initial")},
+        "reference": {name: resolved["reference"][name] for name in ("solver", "stepper")},
+        "target": [type(target).__name__, list(target.grid.shape)],
+        "data": [kind, data.seed, first, count, frames, data.interval, list(grid.shape), data.precision, spec.samples.seed],
+        "courant": COURANT,
+        "files": {name: digest for name, digest in experiment.files.items() if name.endswith(".py")},
+    }
+    made = make_frames(
+        recipe,
+        lambda g: eqx.tree_at(lambda s: s.grid, template, g),
+        experiment.stepper("reference"),
+        experiment.initial(),
+        keys,
+        grid,
+        np.dtype(data.precision),
+        data.interval,
+        frames,
+        {"target": target},
+        store_as=np.dtype(experiment.dtype(label)),
+        progress=lambda what, x: progress(what.replace("reference", kind), x),
+    )
+    return made.groups["target"]
+
+
+def _recipe(spec: "Train") -> Recipe:
+    return Recipe(
+        unroll=tuple(spec.unroll),
+        updates=tuple(spec.updates),
+        batch=spec.batch,
+        rate=spec.rate,
+        clip=spec.clip,
+        power=spec.power,
+        validate_every=spec.validate_every,
+        checkpoint_levels=spec.checkpoint_levels,
+        patience=spec.patience,
+    )
+
+
+def _model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
+    """The run's model with fresh closures, and its model steps per frame of the data."""
+    spec = experiment.spec
+    assert spec.train is not None
+    label, interval = spec.train.run, spec.train.data.interval
+    closures = experiment.closures_for(label, weights=False, seed=seed)
+    if parameters(closures) == 0:
+        raise ConfigError(f"train.run: the closures of {label!r} have no arrays, so there is nothing to train")
+    model = experiment.model_for(label, closures=closures)
+    every = round(interval / model.step_time)
+    if every < 1 or not math.isclose(every * model.step_time, interval, rel_tol=1e-9):
+        raise ConfigError(
+            f"train.data.interval: {interval:g} is not a whole number of model steps of {label!r} ({model.step_time:g} each); choose a "
+            f"multiple, for example {max(1, every) * model.step_time:g}"
+        )
+    shortest = min(spec.train.data.time, spec.train.data.validation_time)
+    if max(spec.train.unroll) * interval > shortest:
+        raise ConfigError(
+            f"train.unroll: {max(spec.train.unroll)} frames of {interval:g} are longer than the trajectories ({shortest:g})"
+        )
+    return model, every
+
+
+def train_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
+    """Everything that `hybridsim train` does: data, one training per seed, weights, scores on the test starts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
+        return _train_locked(experiment, folder, resume, say)
+
+
+def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
+    import datetime
+
+    import yaml
+
+    spec = experiment.spec.train
+    assert spec is not None
+    label, recipe = spec.run, _recipe(spec)
+    work = folder / "training"
+    marker = work / "config_hash.json"
+    if resume and marker.exists() and storage.read_json(marker) != experiment.config_hash:
+        raise storage.StorageError(
+            f"{work}: holds the training of another configuration; resume with the same YAML, or train into another --out"
+        )
+    work.mkdir(exist_ok=True)
+    storage.write_json(marker, experiment.config_hash)
+    text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
+    storage.atomic_write(folder / "config.yaml", text)
+    environment = storage.environment()
+    first_model, every = _model_to_train(experiment, spec.seeds[0])
+    count = parameters(first_model.closures)
+    say.line(f"training {label} of {experiment.name}: {count} parameters, seeds {', '.join(map(str, spec.seeds))} → {folder}")
+
+    def making(what: str, fraction: float) -> None:
+        say.progress(what, fraction)
+        STOP.check()
+
+    data = training_data(experiment, "training", making)
+    validation = training_data(experiment, "validation", making)
+    say.line(f"data: {data.shape[0]} trajectories of {spec.data.time:g}, {validation.shape[0]} for validation")
+    bare = without_closures(first_model)
+    base = correlation_scores(bare, validation, spec.data.interval, every, experiment.modes)
+    say.line(f"without closure: validation t95 {base['t95']:.3f}, t80 {base['t80']:.3f}")
+
+    outcomes: dict[int, Outcome] = {}
+    histories: dict[str, list[dict[str, Any]]] = {}
+    for seed in spec.seeds:
+        model, every = _model_to_train(experiment, seed)
+        window: list[tuple[float, float]] = []
+
+        def report(record: dict[str, Any], seed=seed, window=window) -> None:
+            window.append((record["seconds"], record["update"]))
+            del window[:-50]
+            (t0, u0), (t1, u1) = window[0], window[-1]
+            rate = (u1 - u0) / (t1 - t0) if t1 > t0 else 0.0
+            loss = "not finite" if record["loss"] is None else f"{record['loss']:.3e}"
+            note = f"loss {loss}  unroll {record['unroll']}  {rate:.1f}/s"
+            say.progress(f"seed {seed}", record["update"] / recipe.total, note)
+            if "validation" in record:
+                scores = record["validation"]
+                say.line(f"seed {seed}, update {record['update']}: {note}, t95 {scores['t95']:.3f}, t80 {scores['t80']:.3f}")
+            STOP.check()
+
+        outcome = train(
+            model,
+            data,
+            validation,
+            spec.data.interval,
+            every,
+            recipe,
+            seed=seed,
+            modes=experiment.modes,
+            checkpoints=storage.Checkpoints(work / f"seed-{seed}"),
+            resume=resume,
+            report=report,
+        )
+        outcomes[seed] = outcome
+        histories[f"seed {seed}"] = outcome.history
+        storage.write_json(folder / "training.json", histories)
+        summary = _seed_summary(outcome)
+        _save_closures(experiment, outcome.model, folder, f"{label}-seed{seed}", {"training": {"seed": seed, **summary}})
+        say.line(f"seed {seed}: best validation t95 {outcome.best_score:.3f} at update {outcome.best_update}, {outcome.seconds:.0f} s")
+
+    best = max(outcomes, key=lambda s: outcomes[s].best_score)
+    card = {
+        "closure": experiment.weights_header(label)["closure"],
+        "experiment": experiment.name,
+        "run": label,
+        "family": experiment.resolved["equation"]["use"],
+        "solver": experiment.resolved["runs"][label]["solver"],
+        "shape": list(experiment.spec.runs[label].shape),
+        "dt": first_model.dt,
+        "parameters": count,
+        "recipe": asdict(recipe),
+        "data": experiment.resolved["train"]["data"],
+        "device": environment.get("device"),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": environment,
+        "chosen_seed": best,
+        "chosen_by": "validation t95",
+        "validation_bare": base,
+        "seeds": {str(s): _seed_summary(o) for s, o in outcomes.items()},
+        "history": {name: _thin(h) for name, h in histories.items()},
+    }
+    _save_closures(experiment, outcomes[best].model, folder, label, {"training": {"seed": best, **_seed_summary(outcomes[best])}})
+    storage.write_json(folder / f"{label}.json", card)
+    from hybridsim.report import training_figure
+
+    (folder / "figures").mkdir(exist_ok=True)
+    training_figure(histories["seed " + str(best)], folder / "figures" / "training.png")
+    say.line(f"weights: {folder / (label + '.safetensors')} (seed {best})")
+    return 0
+
+
+def without_closures(model: Model) -> Model:
+    """The same model without closures."""
+    return Model(model.solver, model.stepper, model.dt, (), (), model.substeps)
+
+
+def _seed_summary(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "validation_t95": outcome.best_score,
+        "best_update": outcome.best_update,
+        "seconds": round(outcome.seconds, 1),
+        "compile_seconds": round(outcome.compile_seconds, 1),
+        "skipped_updates": outcome.skipped,
+    }
+
+
+def _thin(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About 200 records of a history, every validation among them; losses are means over what was left out."""
+    stride = max(1, len(history) // 200)
+    out, losses = [], []
+    for i, record in enumerate(history):
+        if record["loss"] is not None:
+            losses.append(record["loss"])
+        if (i + 1) % stride == 0 or "validation" in record:
+            out.append({**record, "loss": float(np.mean(losses)) if losses else None})
+            losses = []
+    return out
+
+
+def _save_closures(experiment: "Experiment", model: Model, folder: Path, name: str, extra: dict[str, Any]) -> None:
+    """One weights file per trained closure: `name.safetensors`, or `name-i.safetensors` where there are several."""
+    assert experiment.spec.train is not None
+    label = experiment.spec.train.run
+    trained = [i for i, c in enumerate(model.closures) if parameters((c,))]
+    for i in trained:
+        header = {**experiment.weights_header(label, i), "versions": storage.environment(), **extra}
+        header["config_hash"] = experiment.config_hash
+        file = f"{name}.safetensors" if len(trained) == 1 else f"{name}-{i}.safetensors"
+        storage.save_weights(folder / file, model.closures[i], header)

@@ -160,7 +160,7 @@ class _Reader:
             value, size = self.anchors[event.anchor]
             self.spend(size, mark)
             return json.loads(json.dumps(value))
-        before = self.count
+        before, anchor = self.count, event.anchor
         self.spend(1, mark)
         if len(path) > DEEPEST + len(self.at):
             raise self.refuse(mark, f"found values nested more than {DEEPEST} deep; an experiment is flat")
@@ -175,8 +175,8 @@ class _Reader:
                 value.append(self.value(event, (*path, len(value))))
         else:
             value = self.mapping(path)
-        if event_anchor := getattr(event, "anchor", None):
-            self.anchors[event_anchor] = (value, self.count - before)
+        if anchor is not None:
+            self.anchors[anchor] = (value, self.count - before)
         return value
 
     def mapping(self, path: KeyPath) -> dict[str, Any]:

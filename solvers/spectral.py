@@ -117,7 +117,7 @@ class Spectral2D(AbstractSolver):
 
     def decode(self, z: PyTree) -> Float[Array, "2 *grid"]:
         arrays = self._arrays(z["mean"].dtype)
-        hat = 1j * z["vorticity"] * jnp.stack([arrays["to_u"], arrays["to_v"]])
+        hat = 1j * z["vorticity"][None] * jnp.stack([arrays["to_u"], arrays["to_v"]])
         return jnp.fft.irfft2(hat, s=self.grid.shape) + z["mean"][:, None, None]
 
     def constrain(self, z: PyTree) -> PyTree:
@@ -143,7 +143,7 @@ class Spectral2D(AbstractSolver):
     def gradient(self, u: Float[Array, "2 *grid"]) -> Float[Array, "2 2 *grid"]:
         arrays = self._arrays(u.dtype)
         hat = jnp.fft.rfft2(u)
-        return jnp.fft.irfft2(jnp.stack([1j * arrays["kx"] * hat, 1j * arrays["ky"] * hat]), s=self.grid.shape)
+        return jnp.fft.irfft2(jnp.stack([1j * arrays["kx"][None] * hat, 1j * arrays["ky"][None] * hat]), s=self.grid.shape)
 
     def derivative(self, array, at, axis):
         arrays = self._arrays(array.dtype)

@@ -223,7 +223,7 @@ class ETDRK4(AbstractStepper):
         nc = rate(c, t + dt)
         return _stage(
             _map(
-                lambda e, f1, f2, f3, z, nz, na, nb, nc: e * z + f1 * nz + 2 * f2 * (na + nb) + f3 * nc,
+                lambda e, f1, f2, f3, z, nz, na, nb, nc: e * z + (f1 * nz + 2 * f2 * (na + nb) + f3 * nc),
                 e, f1, f2, f3, z, nz, na, nb, nc,
             )
         )  # fmt: skip

@@ -107,23 +107,22 @@ class Push(Source):
         return jnp.stack([jnp.full_like(view.u[0], self.acceleration), jnp.zeros_like(view.u[1])])
 
 
+@eqx.filter_jit
+def _steps(model, u, count):
+    prepared = model.prepare(u.dtype)
+    z = prepared.solver.encode(u)
+
+    def body(state, _):
+        state = model(*state, prepared)
+        return state, (prepared.solver.decode(state[0]), state[1]["ledger"])
+
+    _, (frames, ledger) = jax.lax.scan(body, (z, model.init_carry(u), jnp.zeros((), jnp.int32)), None, count)
+    return jnp.concatenate([prepared.solver.decode(z)[None], frames]), ledger
+
+
 def steps(model, u, count):
-    """[u₀', u₁, …, u_count] and the ledger after each of them, step by step in one compiled scan; u₀' = decode(encode(u₀))."""
-
-    @eqx.filter_jit
-    def run(model, u):
-        prepared = model.prepare(u.dtype)
-        z = prepared.solver.encode(u)
-        carry = model.init_carry(u)
-
-        def body(state, _):
-            state = model(*state, prepared)
-            return state, (prepared.solver.decode(state[0]), state[1]["ledger"])
-
-        _, (frames, ledger) = jax.lax.scan(body, (z, carry, jnp.zeros((), jnp.int32)), None, count)
-        return jnp.concatenate([prepared.solver.decode(z)[None], frames]), ledger
-
-    return run(model, jnp.asarray(u))
+    """[u₀', u₁, …, u_count] and the ledger after each of them; u₀' = decode(encode(u₀))."""
+    return _steps(model, jnp.asarray(u), count)
 
 
 @eqx.filter_jit
