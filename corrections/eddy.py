@@ -46,7 +46,7 @@ class Smagorinsky(Flux):
 
     The eddy viscosity of large-eddy simulation (Smagorinsky 1963, doi:10.1175/1520-0493(1963)091<0099:GCEWTP>2.3.CO;2).
 
-    **Arguments:** `cs`, the constant: 0.17 in 3D (Lilly 1967), 0.05–0.15 with the low-dissipation schemes of 2D. An array is trained.
+    **Arguments:** `cs`, the constant: 0.17 in 3D (Lilly 1967), 0.05–0.2 in 2D. An array is trained.
 
     Conserves momentum; only removes kinetic energy. Too dissipative in laminar regions.
     """

@@ -14,7 +14,7 @@ Activation = Literal["relu", "gelu", "tanh", "silu", "squareplus", "gated"]
 
 
 def gated(u: Float[Array, "two_w *grid"]) -> Float[Array, "w *grid"]:
-    """a tanh(b) for channels (a, b): quadratic for small arguments, as subgrid stresses and truncation errors are, linear for large."""
+    """a tanh(b) for channels (a, b): quadratic for small arguments, as subgrid stresses are, and linear for large ones."""
     a, b = jnp.split(u, 2)
     return a * jnp.tanh(b)
 

@@ -9,7 +9,6 @@ means that ours is faster. The difference of the velocities after all steps show
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from hybridsim.solvers.incompressible import NavierStokes
 from hybridsim.solvers.initial import RandomVelocity
 from hybridsim.solvers.spectral import Spectral2D
 from hybridsim.solvers.steppers import CrankNicolsonRK4, ForwardEuler
+from hybridsim.storage import write_json
 
 VISCOSITY = 1e-3
 Stepped = tuple[Callable[[Any], Any], Any, Callable[[Any], np.ndarray]]
@@ -160,8 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"compile {row['compile_s'][0]:.1f} / {row['compile_s'][1]:.1f} s  difference {row['difference']:.1e}"
         )
     if options.out:
-        with open(options.out, "w") as file:
-            json.dump({"device": device.device_kind, "jax": jax.__version__, "rows": rows}, file, indent=1)
+        write_json(options.out, {"device": device.device_kind, "jax": jax.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hybridsim.config import FROM_RUN, ConfigError, Part, blank, catalogue, find_class, make_part, parse_yaml
+from hybridsim.config import (
+    FROM_RUN,
+    ConfigError,
+    Part,
+    blank,
+    catalogue,
+    find_class,
+    load_class,
+    make_part,
+    parse_yaml,
+    solver_tables,
+)
 from hybridsim.contract import AbstractClosure, AbstractSolver, Flux, PostStep, Source, View, place_of
 from hybridsim.grid import Grid
 from hybridsim.model import Model
@@ -317,9 +328,6 @@ def _checks_in(name: str, solver: AbstractSolver, part: Part, steppers: dict[str
 
 def closure_lines(use: str, arguments: Sequence[str], folder: Path) -> list[Line]:
     """Every check of the closure that `use` names, with `key=value` arguments, in every solver of the catalogue."""
-    from hybridsim.config import load_class
-    from hybridsim.solvers import EQUATIONS, SOLVERS
-
     given: dict[str, Any] = {}
     for argument in arguments:
         name, sign, text = argument.partition("=")
@@ -336,8 +344,8 @@ def closure_lines(use: str, arguments: Sequence[str], folder: Path) -> list[Line
     origin = find_class(use, catalogue("closures"), "closure", "check", folders)
     part = make_part(use, origin.cls, given, (origin.cls.__name__,), FROM_RUN)
     lines: list[Line] = []
-    for equation, table in SOLVERS.items():
-        physics = load_class(EQUATIONS[equation])()
+    for equation, table in solver_tables().items():
+        physics = load_class(catalogue("equations")[equation])()
         for name, target in table.items():
             solver = load_class(target)(Grid(SHAPE, LENGTHS), physics)
             steppers = {"forward_euler": "forward_euler", "default": "ssprk3" if solver.linear() is None else "etdrk4"}
@@ -350,16 +358,17 @@ def closure_lines(use: str, arguments: Sequence[str], folder: Path) -> list[Line
 
 def check_closure(use: str, arguments: Sequence[str], console: "Console") -> int:
     """Print the table; 0 if every line with a limit passed, else 1."""
+    from rich.markup import escape
     from rich.table import Table
 
     lines = closure_lines(use, arguments, Path())
-    table = Table(title=use, title_justify="left", title_style="bold")
+    table = Table(title=escape(use), title_justify="left", title_style="bold")
     for column in ("check", "solver", "found", "limit"):
         table.add_column(column, overflow="fold")
     table.add_column("", no_wrap=True)
     words = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]note[/]"}
     for line in lines:
-        table.add_row(*line[:4], words[line.passed])
+        table.add_row(*(escape(cell) for cell in line[:4]), words[line.passed])
     console.print(table)
     failed = sum(line.passed is False for line in lines)
     console.print(f"{failed} of {len(lines)} checks failed" if failed else "all checks passed")

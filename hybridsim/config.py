@@ -5,6 +5,7 @@ Three passes: `yaml_reader` turns text into plain values, `sections` checks the 
 is compiled before all is known to fit. No code stands in strings; a `use: file.py:Class` imports that file.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -106,10 +107,12 @@ class Constructor(NamedTuple):
 def constructor_of(cls: type, supplied: frozenset[str]) -> Constructor:
     """The constructor's own signature as a pydantic model with strict types."""
     signature = inspect.signature(cls)
-    try:
-        hints = typing.get_type_hints(cls.__init__, include_extras=True)
-    except (NameError, TypeError):
-        hints = {}
+    hints: dict[str, Any] = {}
+    # a converter without annotations hides the annotation of its field from the constructor, so both are asked
+    for source in (cls, cls.__init__):
+        with contextlib.suppress(NameError, TypeError):
+            found = typing.get_type_hints(source, include_extras=True)
+            hints.update({name: hint for name, hint in found.items() if hint is not Any})
     fields: dict[str, Any] = {}
     taken, nested, unwritable = set(), set(), set()
     for name, parameter in signature.parameters.items():
@@ -300,13 +303,11 @@ def _class_in(module: types.ModuleType, name: str, where: str, what: str) -> typ
     return found
 
 
-def _base(kind: str) -> type | tuple[type, ...]:
-    import equinox as eqx
-
+def _bases() -> dict[str, type]:
+    """The kinds that have a base class of their own."""
     from hybridsim import contract
 
-    bases = {"closure": contract.AbstractClosure, "solver": contract.AbstractSolver, "stepper": contract.AbstractStepper}
-    return bases.get(kind, eqx.Module)
+    return {"closure": contract.AbstractClosure, "solver": contract.AbstractSolver, "stepper": contract.AbstractStepper}
 
 
 def find_class(use: str, table: Mapping[str, str], kind: str, where: str, folders: Sequence[Path], tables: str = "") -> Origin:
@@ -315,7 +316,7 @@ def find_class(use: str, table: Mapping[str, str], kind: str, where: str, folder
     if ":" not in use:
         if use not in table:
             raise ConfigError(
-                f"{where}: there is no {kind} {use!r}; {suggestion(use, table, 'there are')}"
+                f"{where}: there is no {kind} {show_value(use)}; {suggestion(use, table, 'there are')}"
                 + ("" if nearest(use, table) else "; your own is file.py:Class")
             )
         module_name, _, name = table[use].partition(":")
@@ -336,9 +337,12 @@ def find_class(use: str, table: Mapping[str, str], kind: str, where: str, folder
             except ImportError as error:
                 raise ConfigError(f"{where}: the module {module_name!r} cannot be imported: {first_line(error)}") from None
             origin = Origin(_class_in(module, name, where, module_name))
-    base = _base(kind)
-    if not issubclass(origin.cls, base):
-        raise ConfigError(f"{where}: {origin.cls.__name__} is no {kind}; a {kind} derives from {base.__name__}")  # pyright: ignore
+    base = _bases().get(kind)
+    if base is not None and not issubclass(origin.cls, base):
+        raise ConfigError(f"{where}: {origin.cls.__name__} is no {kind}; a {kind} derives from {base.__name__}")
+    others = [name for name, other in _bases().items() if name != kind and issubclass(origin.cls, other)]
+    if others:
+        raise ConfigError(f"{where}: {origin.cls.__name__} is a {others[0]}, not {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
     if inspect.isabstract(origin.cls):
         missing = one_of(sorted(origin.cls.__abstractmethods__))
         raise ConfigError(f"{where}: {origin.cls.__name__} is abstract; it does not define {missing}")
@@ -368,6 +372,11 @@ def catalogue(kind: str) -> dict[str, str]:
     if kind == "solvers":
         return {name: target for table in rooms.SOLVERS.values() for name, target in table.items()}
     return getattr(rooms, kind.upper())
+
+
+def solver_tables() -> dict[str, dict[str, str]]:
+    """Equation → the solvers that it has."""
+    return importlib.import_module("hybridsim.solvers").SOLVERS
 
 
 def shipped_experiments() -> dict[str, Path]:
@@ -650,9 +659,9 @@ class Experiment:
             return shipped[name]
         where = key_path((*path, "weights"))
         if "/" not in name and not name.endswith(".safetensors"):
+            hint = suggestion(name[:100], shipped, "there are")
             raise ConfigError(
-                f"{where}: there are no shipped weights {name!r}; {suggestion(name, shipped, 'there are')}; your own are a path to "
-                "a .safetensors file"
+                f"{where}: there are no shipped weights {show_value(name)}; {hint}; your own are a path to a .safetensors file"
             )
         return find_file(name, self.folders, where, "file")
 
@@ -801,14 +810,25 @@ class Experiment:
         """Build every object of every run; nothing is compiled."""
         self._check_duration(self.initial())
         for label in ("reference", *self.labels):
-            solver, spec = self.solver(label), self.spec_of(label)
-            closures = self.closures_for(label, solver, random=False)
-            self._check_memory(label, len(solver.variables), self.stepper(label, solver).stages)
-            interval = self.spec.time.end / self.spec.time.frames
-            self.model_for(label, dt=interval if spec.dt is None else None, closures=closures)
+            try:
+                self._check_run(label)
+            except ConfigError:
+                raise
+            except Exception as error:
+                # classes of the user's own that do not fit together
+                parts = f"{self._parts['equation',].cls.__name__} and {self._parts[*self._path(label), 'solver'].cls.__name__}"
+                where = key_path(self._path(label))
+                raise ConfigError(f"{where}: {parts} do not go together: {first_line(error)}{_raised_at(error)}") from error
         most = self._most_modes()
         if self.modes > most:
             raise ConfigError(f"compare.modes: the coarsest run carries fewer than {self.modes} modes; at most {most} are possible")
+
+    def _check_run(self, label: str) -> None:
+        solver, spec = self.solver(label), self.spec_of(label)
+        self._check_memory(label, len(solver.variables), self.stepper(label, solver).stages)
+        closures = self.closures_for(label, solver, random=False)
+        interval = self.spec.time.end / self.spec.time.frames
+        self.model_for(label, dt=interval if spec.dt is None else None, closures=closures)
 
     # -- resolved -----------------------------------------------------------------------------------------------------------------
 

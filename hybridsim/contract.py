@@ -104,8 +104,8 @@ class AbstractClosure(eqx.Module):
 
     Derive from one of the places below, never from this class. A closure is called with a `View` and returns one array. If
     `init_memory` returns something, the call gets it as `memory` and returns `(array, new_memory)`. If `stochastic` is true, the
-    call gets a fresh random `key` each time. Neither may be None then. Arrays among the fields are trained; everything that shall stay
-    fixed is declared `eqx.field(static=True)`.
+    call gets a fresh random `key` each time. Arrays among the fields are trained; everything that shall stay fixed is declared
+    `eqx.field(static=True)`.
     """
 
     stochastic: ClassVar[bool] = False
@@ -194,9 +194,7 @@ class AbstractSolver(eqx.Module):
         """The nearest state that meets the constraints."""
 
     @abc.abstractmethod
-    def restrict(
-        self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]
-    ) -> Float[Array, "c *grid"]:
+    def restrict(self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "c *grid"]:
         """A fine state given on `grid` at the places of `variables`, under this solver's own filter, on this solver's grid."""
 
     @abc.abstractmethod
@@ -224,9 +222,7 @@ class AbstractSolver(eqx.Module):
         """N(z, t), the closures' contribution included."""
 
     @abc.abstractmethod
-    def receive(
-        self, flux: Float[Array, "axis c *grid"] | None, source: Float[Array, "c *grid"] | None
-    ) -> PyTree:
+    def receive(self, flux: Float[Array, "axis c *grid"] | None, source: Float[Array, "c *grid"] | None) -> PyTree:
         """What `explicit` will add for these closure outputs; computed once where a closure is held."""
 
     @abc.abstractmethod

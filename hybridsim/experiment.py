@@ -1,7 +1,7 @@
 """`hybridsim run`: the reference, the runs side by side, what they are worth, and the files that say so.
 
-The outer loop is on the host, in chunks of a fixed number of frames that no clock sets. Progress, output, checkpoints, the check for
-non-finite values and signals act between chunks; nothing of them is inside the compiled step.
+The outer loop is on the host, in chunks of a fixed number of frames that no clock sets. Progress, output, checkpoints, the check
+for non-finite values and signals act between chunks; nothing of them is inside the compiled step.
 """
 
 import math
@@ -20,7 +20,7 @@ from hybridsim import diagnostics, storage
 from hybridsim.contract import AbstractSolver
 from hybridsim.model import Model, Prepared, frames_of
 from hybridsim.progress import Reporter
-from hybridsim.reference import COURANT, Frames, make_frames, sample_keys
+from hybridsim.reference import COURANT, FineRunError, Frames, make_frames, sample_keys
 from hybridsim.signals import STOP
 from hybridsim.train import parameters
 
@@ -330,9 +330,7 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "t80": t80.time,
         "t80_at_least": t80.at_least,
         "spectrum_error": error if math.isfinite(error) else None,
-        "drift": {
-            name: _finite_max(ds["drift"].values[i]) for i, name in enumerate(ds["variable"].values.tolist())
-        },
+        "drift": {name: _finite_max(ds["drift"].values[i]) for i, name in enumerate(ds["variable"].values.tolist())},
         "divergence_max": _finite_max(ds["divergence_max"].values) if "divergence_max" in ds else None,
         "seconds_per_unit_time": result.latency,
         "seconds_per_unit_time_throughput": result.seconds / simulated if simulated else None,
@@ -406,8 +404,12 @@ def _attributes(experiment: "Experiment", label: str, environment: dict[str, Any
     }
 
 
-def _reference_groups(experiment: "Experiment", reference: Frames, results_grid: dict[str, AbstractSolver]) -> dict[str, "xr.Dataset"]:
+def _reference_groups(
+    experiment: "Experiment", reference: Frames, results_grid: dict[str, AbstractSolver]
+) -> dict[str, "xr.Dataset"]:
     """The groups of reference.nc: one per filter and grid, `fine` pictures, and the evidence of convergence."""
+    import xarray as xr
+
     groups: dict[str, xr.Dataset] = {}
     for name, solver in results_grid.items():
         grid, variables = solver.grid, solver.variables
@@ -419,8 +421,6 @@ def _reference_groups(experiment: "Experiment", reference: Frames, results_grid:
             reference.pictures[None], reference.picture_times, fine.grid, fine.variables, {"filter": "none"}
         )
     if HALF in reference.groups:
-        import xarray as xr
-
         first, solver = next(iter(results_grid.items()))
         rho = diagnostics.correlation(
             reference.groups[HALF], reference.groups[first], solver.grid, solver.variables, experiment.modes
@@ -444,7 +444,11 @@ def run_experiment(experiment: "Experiment", folder: Path, resume: bool, console
     """Everything that `hybridsim run` does; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
-        return _run_locked(experiment, folder, resume, say)
+        try:
+            return _run_locked(experiment, folder, resume, say)
+        except FineRunError as error:
+            say.line(f"{error}; lower reference.cfl or refine reference.shape")
+            return 3
 
 
 def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool) -> None:
@@ -467,6 +471,23 @@ def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool) -> Non
     storage.write_json(marker, experiment.config_hash)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
+
+
+def _training_history(experiment: "Experiment") -> dict[str, list[dict[str, Any]]]:
+    """The loss curves that stand beside the weights that the runs use: label and seed -> records."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for label in experiment.labels:
+        for i, correction in enumerate(experiment.spec.runs[label].corrections):
+            if correction.weights is None:
+                continue
+            card_file = experiment.weights_file(correction, ("runs", label, "corrections", i)).with_suffix(".json")
+            if card_file.exists():
+                card = storage.read_json(card_file)
+                seed = f"seed {card.get('chosen_seed')}"
+                history = card.get("history", {}).get(seed)
+                if history:
+                    found[f"{label}, {seed}"] = history
+    return found
 
 
 def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
@@ -539,6 +560,8 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
         "checks": rows,
     }
     storage.write_json(folder / "summary.json", summary)
+    if not (folder / "training.json").exists() and (history := _training_history(experiment)):
+        storage.write_json(folder / "training.json", history)
     from hybridsim.report import write_report
 
     page = write_report(folder)

@@ -168,8 +168,9 @@ def resample(
         padded[k.astype(int) % (blocks * new)] = np.arange(old)
         present[k.astype(int) % (blocks * new)] = True
         spectrum = jnp.moveaxis(jnp.fft.fft(u, axis=lead + a), lead + a, -1)
-        spectrum = spectrum * jnp.asarray(multiplier, spectrum.dtype)
-        spectrum = jnp.where(jnp.asarray(present), spectrum[..., padded], 0)
+        ones = (1,) * (spectrum.ndim - 1)
+        spectrum = spectrum * jnp.asarray(multiplier, spectrum.dtype).reshape(*ones, -1)
+        spectrum = jnp.where(jnp.asarray(present).reshape(*ones, -1), spectrum[..., padded], 0)
         spectrum = spectrum.reshape(*spectrum.shape[:-1], blocks, new).sum(axis=-2)
         u = jnp.moveaxis(jnp.fft.ifft(spectrum).real.astype(u.dtype), -1, lead + a)
     return u

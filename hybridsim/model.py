@@ -74,7 +74,9 @@ class Model(eqx.Module):
     stepper: AbstractStepper
     dt: float = eqx.field(static=True, converter=float)
     closures: tuple[AbstractClosure, ...] = eqx.field(default=(), converter=tuple)
-    evaluate: tuple[Evaluate, ...] = eqx.field(static=True, default=())
+    evaluate: tuple[Evaluate, ...] = eqx.field(
+        static=True, default=(), converter=lambda e: e if isinstance(e, str | int) else tuple(e)
+    )
     substeps: int = eqx.field(static=True, default=1)
 
     def __post_init__(self):
@@ -320,7 +322,7 @@ def frames_of(
     levels: int,
     observe: Callable[[Prepared, PyTree, PyTree], Any] = _decoded,
 ) -> tuple[tuple[PyTree, PyTree, Array], Any]:
-    """`frames` observations (by default decoded states), `every` model steps apart, with checkpointing nested on `levels` levels."""
+    """`frames` observations (by default decoded states), `every` model steps apart, checkpointed on `levels` levels."""
     inner_levels = levels if frames == 1 else max(0, levels - 1) if every > 1 else 0
     outer_levels = levels if every == 1 else min(1, levels) if frames > 1 else 0
 
@@ -343,8 +345,9 @@ def rollout(
     """[Φ^every(u), Φ^(2 every)(u), …]: `frames` states after `start`, `every` model steps apart.
 
     Differentiable in `start.u` and in every array of `model`. `checkpoint_levels`: 0 stores every stage of every step; 1 recomputes
-    each step in the backward pass; 2 keeps about 2 √(frames · every) states. The solver's own representation is kept from step to step: a final
-    `State` goes on exactly, in the sense of `encode(decode(z))`; use `frames_of` and `Model` directly to carry z itself.
+    each step in the backward pass; 2 keeps about 2 √(frames · every) states. The solver's own representation is kept from step to
+    step, but a `State` holds the decoded one: going on from `final` is exact up to `encode(decode(z))`. `frames_of` carries z
+    itself.
     """
     if frames < 1 or every < 1:
         raise ValueError(f"rollout: frames and every must be positive, found {frames} and {every}")

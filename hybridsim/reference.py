@@ -104,9 +104,7 @@ def warm_starts(
             u = _refine(u, solver_on(grid), places)
             rest = total - first
             pieces = max(1, math.ceil(4 * rest))
-            u, _ = fine_run(
-                solver_on(grid), stepper, u, rest / pieces, pieces, nothing, progress=lambda x: progress(0.6 + 0.4 * x)
-            )
+            u, _ = fine_run(solver_on(grid), stepper, u, rest / pieces, pieces, nothing, progress=lambda x: progress(0.6 + 0.4 * x))
     elif coarse.shape != grid.shape:
         u = _refine(u, solver_on(grid), places)
     return u
@@ -185,9 +183,7 @@ def make_frames(
 
     begin = time.perf_counter()
     share = 0.5 if getattr(initial, "warm_up", 0.0) > frames * interval else 0.2
-    u = warm_starts(
-        solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("reference: warm-up", share * x)
-    )
+    u = warm_starts(solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("reference: warm-up", share * x))
     solver = solver_on(grid)
     kept = np.dtype(dtype if store_as is None else store_as)
     filters = {

@@ -452,8 +452,8 @@ def vorticity_figure(folder: Folder) -> "Figure | None":
         )
         bar = figure.colorbar(image, cax=axes, extend="both")
         bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        unit = "" if _unit(runs[0].data["u"]) == "" else " [velocity / length]"  # pyright: ignore[reportOptionalSubscript]
-        axes.set_title("ω" + unit, loc="center", pad=9)
+        unit = "" if _unit(runs[0].data["u"]) == "" else " [1 / time]"  # pyright: ignore[reportOptionalSubscript]
+        bar.set_label("vorticity ω" + unit)
         axes.grid(visible=False)
     return figure
 

@@ -316,7 +316,7 @@ def explain(error: ValidationError, model: type[BaseModel], data: Any, at: KeyPa
     kind, where = errors[0]["type"], key_path((*at, *path))
     if kind in ("extra_forbidden", "missing"):
         owner = _model_at(model, path[:-1]) or model
-        name = str(path[-1])
+        name = str(path[-1])[:60]
         says = who or getattr(owner, "says", owner.__name__)
         here = _locate(path[:-1], data, False)[1]
         possible = argument_names(owner)

@@ -208,13 +208,14 @@ def _run_tree(tree: "Tree", experiment: Experiment, label: str, lines: dict[KeyP
 
 def experiment_tree(experiment: Experiment, timing: bool = True) -> "Tree":
     """The whole experiment as a `rich` tree."""
+    from rich.markup import escape
     from rich.tree import Tree
 
     lines: dict[KeyPath, int] = {}
     parse_yaml(experiment.path.read_text("utf-8-sig"), experiment.path.name, (), lines)
     equation, initial = experiment.equation(), experiment.initial()
     spec = experiment.spec
-    tree = Tree(f"[bold]{experiment.name}[/]  {experiment.title}  [dim]{experiment.path}[/]")
+    tree = Tree(f"[bold]{experiment.name}[/]  {escape(experiment.title)}  [dim]{escape(str(experiment.path))}[/]")
     node = _add(tree, "equation", equation)
     if getattr(equation, "forcing", None) is not None:
         _add(node, "forcing", equation.forcing)
@@ -261,6 +262,7 @@ def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
 
 def list_catalogue(kind: str | None, console: "Console") -> None:
     """Print the tables of names, one kind or all."""
+    from rich.markup import escape
     from rich.table import Table
 
     if kind is not None and kind not in KINDS:
@@ -271,5 +273,5 @@ def list_catalogue(kind: str | None, console: "Console") -> None:
         table.add_column("what it is", overflow="fold")
         table.add_column("arguments", overflow="fold")
         for row in _rows(each):
-            table.add_row(*row)
+            table.add_row(*(escape(cell) for cell in row))
         console.print(table)

@@ -18,7 +18,7 @@ from hybridsim import diagnostics, storage
 from hybridsim.grid import Grid
 from hybridsim.model import Model, frames_of
 from hybridsim.progress import Reporter
-from hybridsim.reference import COURANT, make_frames, sample_keys
+from hybridsim.reference import COURANT, FineRunError, make_frames, sample_keys
 from hybridsim.signals import STOP
 from hybridsim.storage import Checkpoints
 from hybridsim.yaml_reader import ConfigError
@@ -115,7 +115,7 @@ def relative_error(
 
     def norm(q: Array) -> Array:
         hat = jnp.fft.rfftn(q, axes=axes)
-        return jnp.sum(weight * (hat.real**2 + hat.imag**2), axis=tuple(range(1, u.ndim)))
+        return jnp.sum(weight[None, None] * (hat.real**2 + hat.imag**2), axis=tuple(range(1, u.ndim)))
 
     return norm(u - truth) / norm(truth)
 
@@ -155,24 +155,23 @@ def _over_samples(function: Callable, *args: Array) -> Array:
     return jax.vmap(function)(*args).mean()
 
 
-def correlation_scores(
-    model: Model, data: np.ndarray, interval: float, every: int, modes: int, chunk: int = 8
-) -> dict[str, Any]:
+@eqx.filter_jit
+def _rollouts(model: Model, starts: Array, frames: int, every: int) -> Array:
+    """`frames` frames from each start, compiled once per model structure."""
+    prepared = model.prepare(starts.dtype)
+
+    def one(u: Array) -> Array:
+        carry = model.init_carry(u, jax.random.key(0))
+        z = prepared.solver.encode(u)
+        return frames_of(model, prepared, z, carry, jnp.zeros((), jnp.int32), frames, every, 0)[1]
+
+    return jax.lax.map(one, starts) if jax.default_backend() == "cpu" else jax.vmap(one)(starts)
+
+
+def correlation_scores(model: Model, data: np.ndarray, interval: float, every: int, modes: int) -> dict[str, Any]:
     """t95, t80 and mean correlation of rollouts from the first frame of every validation trajectory."""
     frames = data.shape[1] - 1
-
-    @eqx.filter_jit
-    def run(model: Model, starts: Array) -> Array:
-        prepared = model.prepare(starts.dtype)
-
-        def one(u: Array) -> Array:
-            carry = model.init_carry(u, jax.random.key(0))
-            z = prepared.solver.encode(u)
-            return frames_of(model, prepared, z, carry, jnp.zeros((), jnp.int32), frames, every, 0)[1]
-
-        return jax.lax.map(one, starts) if jax.default_backend() == "cpu" else jax.vmap(one)(starts)
-
-    u = np.asarray(run(model, jnp.asarray(data[:, 0])))
+    u = np.asarray(_rollouts(model, jnp.asarray(data[:, 0]), frames, every))
     solver = model.solver
     rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes)
     mean = np.concatenate([[1.0], rho.mean(axis=0)])
@@ -202,8 +201,8 @@ def train(
 ) -> Outcome:
     """Trains `model.closures` on windows of `data` (frames `interval` apart, `every` model steps each).
 
-    `report` is called after every update with its record and may raise to stop: what `checkpoints` holds by then resumes exactly. Updates with
-    a non-finite loss or gradient are skipped and counted.
+    `report` is called after every update with its record and may raise to stop: the state is saved first, and resumes exactly.
+    Updates with a non-finite loss or gradient are skipped and counted.
     """
     optimiser = make_optimiser(recipe)
     closures, fixed = eqx.partition(model.closures, eqx.is_inexact_array)
@@ -296,14 +295,16 @@ def train(
                 best_update = update + 1
                 better = jnp.asarray(score, jnp.float32)
                 # A copy, because the weights are donated to the next update.
-                state = eqx.tree_at(
-                    lambda s: (s.best, s.best_score), state, (jax.tree.map(jnp.array, state.weights), better)
-                )
+                state = eqx.tree_at(lambda s: (s.best, s.best_score), state, (jax.tree.map(jnp.array, state.weights), better))
             spent += time.perf_counter() - begin
         history.append(record)
         if "validation" in record:
             save()
-        report(record)
+        try:
+            report(record)
+        except BaseException:
+            save()
+            raise
     return Outcome(
         with_closures(state.best),
         history,
@@ -392,8 +393,8 @@ def _model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
     every = round(interval / model.step_time)
     if every < 1 or not math.isclose(every * model.step_time, interval, rel_tol=1e-9):
         raise ConfigError(
-            f"train.data.interval: {interval:g} is not a whole number of model steps of {label!r} ({model.step_time:g} each); choose a "
-            f"multiple, for example {max(1, every) * model.step_time:g}"
+            f"train.data.interval: {interval:g} is not a whole number of model steps of {label!r} ({model.step_time:g} each); "
+            f"choose a multiple, for example {max(1, every) * model.step_time:g}"
         )
     shortest = min(spec.train.data.time, spec.train.data.validation_time)
     if max(spec.train.unroll) * interval > shortest:
@@ -407,7 +408,11 @@ def train_experiment(experiment: "Experiment", folder: Path, resume: bool, conso
     """Everything that `hybridsim train` does: data, one training per seed, weights, scores on the test starts."""
     folder.mkdir(parents=True, exist_ok=True)
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
-        return _train_locked(experiment, folder, resume, say)
+        try:
+            return _train_locked(experiment, folder, resume, say)
+        except (TrainingDiverged, FineRunError) as error:
+            say.line(str(error))
+            return 3
 
 
 def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
@@ -481,7 +486,9 @@ def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
         storage.write_json(folder / "training.json", histories)
         summary = _seed_summary(outcome)
         _save_closures(experiment, outcome.model, folder, f"{label}-seed{seed}", {"training": {"seed": seed, **summary}})
-        say.line(f"seed {seed}: best validation t95 {outcome.best_score:.3f} at update {outcome.best_update}, {outcome.seconds:.0f} s")
+        say.line(
+            f"seed {seed}: best validation t95 {outcome.best_score:.3f} at update {outcome.best_update}, {outcome.seconds:.0f} s"
+        )
 
     best = max(outcomes, key=lambda s: outcomes[s].best_score)
     card = {

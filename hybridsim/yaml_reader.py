@@ -27,7 +27,8 @@ def key_path(parts: Iterable[str | int]) -> str:
     """`("runs", "bare", "corrections", 0, "cs")` as `runs.bare.corrections[0].cs`."""
     out = ""
     for part in parts:
-        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+        name = part if isinstance(part, int) or len(part) <= 60 else part[:57] + "..."
+        out += f"[{name}]" if isinstance(name, int) else f".{name}" if out else name
     return out
 
 

@@ -1,4 +1,6 @@
-"""∂t ū_c = −Σ_a [F_{a,c}]/Δx_a − [p]/Δx_c + f: finite volumes on the staggered (MAC) grid (Harlow & Welch 1965, doi:10.1063/1.1761178).
+"""∂t ū_c = −Σ_a [F_{a,c}]/Δx_a − [p]/Δx_c + f: finite volumes on the staggered (MAC) grid.
+
+The arrangement is that of Harlow & Welch 1965, doi:10.1063/1.1761178.
 
 Velocity component a lives at the right face of axis a. The flux of component c along axis a lives at the flux point `at_c + ½ e_a`
 folded into (0, 1]: the cell centre if a = c, the edge between the two faces otherwise.
@@ -179,7 +181,7 @@ class StaggeredFiniteVolume(AbstractSolver):
     def _flux_divergence_of(self, u: Float[Array, "d *grid"], viscosity: Array) -> Float[Array, "d *grid"]:
         """Σ_a δ_a (ū_a û_c − ν δ_a u_c), from one padded copy of u so that every shift is a slice that XLA fuses.
 
-        Along each axis n + 1 fluxes are computed, the first and the last of them from the same numbers: periodic sums cancel exactly.
+        Along each axis n + 1 fluxes are computed, the first and the last from the same numbers: periodic sums cancel exactly.
         """
         halo = 2
         padded = u

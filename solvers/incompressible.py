@@ -23,7 +23,8 @@ class Kolmogorov(eqx.Module):
     - `drag`: μ ≥ 0, an inverse time. Keeps the energy of a 2D cascade finite.
 
     Good values: n = 4, A = 1, μ = 0.1 in a box 2π at ν = 10⁻³ (Kochkov et al. 2021, doi:10.1073/pnas.2101784118, "Kolmogorov
-    flow"). `amplitude` and `drag` may be arrays and are then differentiable. The laminar state is u = A sin(ny) / (ν k² + μ), k = 2πn/L_y.
+    flow"). `amplitude` and `drag` may be arrays and are then differentiable. The laminar state is u = A sin(ky) / (ν k² + μ) with
+    k = 2πn/L_y.
     """
 
     wavenumber: int = eqx.field(static=True, default=4)

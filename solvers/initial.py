@@ -1,5 +1,7 @@
 """u(x, 0): initial states, the same field whatever grid it is put on."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hybridsim.grid import Grid, Place, resample
+
+
+def _number(value: float | int) -> float:
+    return float(value)
+
+
+def _shape(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(n) for n in value)
 
 
 class RandomVelocity(eqx.Module):
@@ -25,12 +35,10 @@ class RandomVelocity(eqx.Module):
       reference's own grid.
     """
 
-    peak_wavenumber: float = eqx.field(static=True, default=4.0)
-    max_speed: float = eqx.field(static=True, default=7.0)
-    warm_up: float = eqx.field(static=True, default=0.0)
-    warm_up_shape: tuple[int, ...] | None = eqx.field(
-        static=True, default=None, converter=lambda s: None if s is None else tuple(int(n) for n in s)
-    )
+    peak_wavenumber: float = eqx.field(static=True, converter=_number, default=4.0)
+    max_speed: float = eqx.field(static=True, converter=_number, default=7.0)
+    warm_up: float = eqx.field(static=True, converter=_number, default=0.0)
+    warm_up_shape: tuple[int, ...] | None = eqx.field(static=True, default=None, converter=_shape)
 
     def __check_init__(self):
         for name in ("peak_wavenumber", "max_speed"):

@@ -102,7 +102,7 @@ class SSPRK3(_Explicit):
 class CrankNicolsonRK4(AbstractStepper):
     """hⱼ = f(zⱼ) + βⱼ hⱼ₋₁;  (1 − μⱼ L) zⱼ₊₁ = (1 + μⱼ L) zⱼ + γⱼ Δt hⱼ,  μⱼ = ½ Δt (αⱼ₊₁ − αⱼ).
 
-    Five-stage fourth-order low-storage Runge–Kutta for the explicit part (Carpenter & Kennedy 1994, NASA TM-109112, table 1, solution 3)
+    Five-stage fourth-order low-storage Runge–Kutta for the explicit part (Carpenter & Kennedy 1994, NASA TM-109112, table 1)
     with Crank–Nicolson for the linear part (Canuto et al. 2007, doi:10.1007/978-3-540-30728-0, appendix D.3): fourth
     order where the explicit terms dominate, second order in the linear ones.
     """

@@ -72,14 +72,14 @@ class Careless(Flux):
 
     def __call__(self, view, memory=None, key=None):
         slope = view.gradient()
-        return -jnp.sqrt(jnp.sum(slope**2, axis=(0, 1))) * slope * jnp.asarray(np.ones(()), np.float64)
+        return -jnp.sqrt(jnp.sum(slope**2, axis=(0, 1)))[None, None] * slope * jnp.ones((), np.float64)
 
 
 class Push(Source):
     """s = −u |u|²."""
 
     def __call__(self, view, memory=None, key=None):
-        return -view.u * jnp.sum(view.centred() ** 2, axis=0)
+        return -view.u * jnp.sum(view.centred() ** 2, axis=0)[None]
 
 
 class Nudge(PostStep):

@@ -54,7 +54,7 @@ def test_wavenumbers_differentiate_every_resolved_mode(shape):
     )
     field = np.cos(phase + 0.4)
     for axis, k in enumerate(grid.wavenumbers()):
-        slope = np.fft.irfftn(1j * k * np.fft.rfftn(field), s=shape)
+        slope = np.fft.irfftn(1j * k * np.fft.rfftn(field), s=shape, axes=range(len(shape)))
         h = 1e-6
         moved = [list(axes) for _ in range(2)]
         moved[0][axis] = axes[axis] + h

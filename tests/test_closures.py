@@ -1,0 +1,332 @@
+"""Closures at their places: no closure is no closure, one file serves both solvers, classical ones do what they say, consistency."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flows import BOTH, TWO_PI, default_stepper, evolve, kolmogorov, learned, random_flow, relative, sample, solver_of, square, steps
+
+from hybridsim.contract import Flux, PostStep, Source, View, place_of
+from hybridsim.corrections.eddy import Leith, Smagorinsky, filter_width
+from hybridsim.grid import Grid
+from hybridsim.model import Model
+from hybridsim.solvers.steppers import ETDRK4, SSPRK2, SSPRK3, CrankNicolsonRK4
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Mine(Flux):
+    """F = −ν ∂_a u_c: ten lines of a user's own."""
+
+    viscosity: float = 0.05
+
+    def __call__(self, view, memory=None, key=None):
+        return -self.viscosity * view.gradient()
+
+
+class Damp(Source):
+    """s = −r u."""
+
+    rate: float = 0.5
+
+    def __call__(self, view, memory=None, key=None):
+        return -self.rate * view.u
+
+
+class Shrink(PostStep):
+    """d = −r Δt u."""
+
+    rate: float = 0.5
+
+    def __call__(self, view, memory=None, key=None):
+        return -self.rate * view.dt * view.u
+
+
+def _view(solver, u, dt=0.01):
+    u = jnp.asarray(u)
+    return View(u, jnp.zeros((), u.dtype), jnp.asarray(dt, u.dtype), solver.prepare(u.dtype))
+
+
+# --- no closure is no closure ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "stepper", "when", "dtype"), [
+    ("spectral", ETDRK4(), "step", np.float32),
+    ("spectral", ETDRK4(), "stage", np.float64),
+    ("spectral", CrankNicolsonRK4(), "stage", np.float32),
+    ("finite_volume", SSPRK3(), "step", np.float64),
+    ("finite_volume", SSPRK3(), "stage", np.float32),
+])  # fmt: skip
+def test_a_zero_initialised_closure_is_the_bare_solver(kind, stepper, when, dtype):
+    solver = solver_of(kind, square(16), 1e-3, kolmogorov())
+    u = random_flow(solver, 1, mean=(0.3, -0.2), dtype=dtype)
+    closure = learned(5)
+    assert not np.asarray(closure(_view(solver, u))).any()
+    bare, with_closure = (np.asarray(steps(Model(solver, stepper, 0.02, c, w), u, 1)[0][1]) for c, w in (((), ()), ((closure,), when)))
+    limit = 4 * np.finfo(dtype).eps * np.abs(u).max()
+    print(kind, type(stepper).__name__, when, dtype.__name__, np.abs(bare - with_closure).max() / np.abs(u).max() / np.finfo(dtype).eps, "ulp")
+    assert np.abs(bare - with_closure).max() <= limit
+    other = np.asarray(steps(Model(solver, stepper, 0.02, (learned(5, 0.1),), when), u, 1)[0][1])
+    assert np.abs(bare - other).max() > 10 * limit  # negative control: with weights it is another solver
+
+
+@pytest.mark.parametrize(("kind", "stepper"), [("spectral", ETDRK4()), ("spectral", CrankNicolsonRK4()), ("finite_volume", SSPRK3())])
+def test_a_zero_initialised_closure_is_bitwise_the_bare_solver_without_compilation(kind, stepper):
+    solver = solver_of(kind, square(8), 1e-3, kolmogorov())
+    u = jnp.asarray(random_flow(solver, 1, modes=2))
+    out = []
+    with jax.disable_jit():
+        for closures in ((), (learned(5),)):
+            model = Model(solver, stepper, 0.02, closures)
+            prepared = model.prepare(u.dtype)
+            z, _, _ = model(prepared.solver.encode(u), model.init_carry(u), jnp.zeros((), jnp.int32), prepared)
+            out.append(np.asarray(prepared.solver.decode(z)))
+    np.testing.assert_array_equal(out[0], out[1])
+    assert relative(out[0], u) > 1e-4
+
+
+# --- places ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("when", ["stage", "step"])
+def test_a_users_flux_is_viscosity(kind, when):
+    """A ten-line closure in this file: extra viscosity as a closure equals viscosity of the solver, whatever the solver."""
+    u = random_flow(solver_of(kind, square(16)), 2, modes=3)
+    options = {"dealias": "two_thirds"} if kind == "spectral" else {}
+    run = lambda viscosity, closures, n: evolve(  # noqa: E731
+        solver_of(kind, square(16), viscosity, **options), default_stepper(kind), u, 0.2 / n, n, closures, (when,) * len(closures)
+    )
+    plain = run(0.06, (), 40)
+    errors = [relative(run(0.01, (Mine(0.05),), n), plain) for n in (20, 40)]
+    if when == "step":  # held: first order in time
+        assert errors[1] < 5e-3
+        assert 1.7 < errors[0] / errors[1] < 2.3
+    elif kind == "finite_volume":
+        assert errors[1] < 1e-12  # the same operator, to rounding
+    else:
+        assert errors[1] < 1e-6
+    assert relative(run(0.01, (), 40), plain) > 0.02
+
+
+@pytest.mark.parametrize("closure", [Mine(0.05), Damp(0.5), Shrink(0.5), Smagorinsky(0.3), Leith(0.4), learned(3, 0.1, inputs="gradient")])
+def test_the_same_instance_serves_both_solvers(closure):
+    """A well-resolved flow: the two solvers, with one and the same closure object, agree and differ from themselves without it."""
+    n = 48
+    after = {}
+    for kind in BOTH:
+        solver = solver_of(kind, square(n), 0.02, **({"convection": "central"} if kind == "finite_volume" else {}))
+        u = random_flow(solver, 2, modes=2)
+        fields = [evolve(solver, SSPRK3(), u, 0.01, 10, c) for c in ((closure,), ())]
+        centred = [np.asarray(_view(solver, q).centred()) for q in fields]
+        after[kind] = centred
+    change = {kind: np.stack(fields[:1]) - np.stack(fields[1:]) for kind, fields in after.items()}
+    effect = np.sqrt(np.mean(change["spectral"] ** 2))
+    apart = np.sqrt(np.mean((change["spectral"] - change["finite_volume"]) ** 2))
+    print(type(closure).__name__, effect, apart)
+    assert effect > 1e-5
+    assert apart < 0.15 * effect
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_source_and_post_step_damp_as_they_say(kind):
+    solver = solver_of(kind, square(12), 0.0)
+    u = sample(solver, lambda x, y: np.sin(2 * y), lambda x, y: 0 * x)  # a steady flow
+    stepper = SSPRK3()
+    source = evolve(solver, stepper, u, 0.01, 10, (Damp(0.5),), ("stage",))
+    np.testing.assert_allclose(source, np.exp(-0.05) * u, rtol=0, atol=1e-9)
+    post = evolve(solver, stepper, u, 0.01, 10, (Shrink(0.5),))
+    np.testing.assert_allclose(post, (1 - 0.005) ** 10 * u, rtol=0, atol=1e-13)
+
+
+def test_closures_add_up():
+    solver = solver_of("finite_volume", square(12), 1e-3)
+    u = random_flow(solver, 2)
+    both = evolve(solver, SSPRK3(), u, 0.02, 3, (Mine(0.02), Damp(0.1), Mine(0.03)), ("stage",) * 3)
+    one = evolve(solver, SSPRK3(), u, 0.02, 3, (Mine(0.05), Damp(0.1)), ("stage",) * 2)
+    assert relative(both, one) <= 1e-13
+
+
+def test_a_closure_has_one_place():
+    class Nowhere(Mine, Source):
+        pass
+
+    assert place_of(Mine()) is Flux
+    with pytest.raises(TypeError, match="must derive from exactly one place"):
+        place_of(Nowhere())
+
+
+def test_a_wrong_shape_is_refused_by_name():
+    class Short(Flux):
+        def __call__(self, view, memory=None, key=None):
+            return view.u
+
+    solver = solver_of("spectral", square(8))
+    model = Model(solver, ETDRK4(), 0.1, (Short(),))
+    u = jnp.asarray(random_flow(solver, modes=2))
+    with pytest.raises(ValueError, match=r"corrections\[0\]: Short must return shape \(2, 2, 8, 8\), found \(2, 8, 8\)"):
+        model(solver.prepare(u.dtype).encode(u), model.init_carry(u), jnp.zeros((), jnp.int32))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_the_view_names_channels_and_differentiates(kind):
+    solver = solver_of(kind, Grid((32, 24), (TWO_PI, 4.0)))
+    u = sample(solver, lambda x, y: np.sin(x) + 0 * y, lambda x, y: np.cos(TWO_PI / 4 * y) + 0 * x)
+    view = _view(solver, u)
+    np.testing.assert_array_equal(view["v"], u[1])
+    with pytest.raises(KeyError, match="no channel 'rho'; this solver has u, v"):
+        view["rho"]
+    gradient = np.asarray(view.gradient())
+    for a in range(2):
+        for c in range(2):
+            x, y = solver.grid.mesh(view.flux_place(a, c))
+            exact = {(0, 0): np.cos(x), (1, 1): -TWO_PI / 4 * np.sin(TWO_PI / 4 * y)}.get((a, c), 0 * x)
+            tolerance = 1e-12 if kind == "spectral" else 2e-2
+            np.testing.assert_allclose(gradient[a, c], exact, rtol=0, atol=tolerance)
+    tensor = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 32, 24)))
+    moved = np.asarray(view.to_flux_points(tensor))
+    np.testing.assert_allclose(moved.sum(axis=(2, 3)), np.asarray(tensor).sum(axis=(2, 3)), rtol=0, atol=1e-11)
+
+
+# --- eddy viscosities --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_eddy_viscosities_of_a_shear_flow(kind):
+    """u = sin y: |S| = |cos y| = |∂_y u| and |∇ω| = |sin y|, so that F[y, x] is known in closed form."""
+    solver = solver_of(kind, square(64), 0.0)
+    u = sample(solver, lambda x, y: np.sin(y) + 0 * x, lambda x, y: 0 * x)
+    view = _view(solver, u)
+    assert filter_width(view) == pytest.approx(TWO_PI / 64)
+    y = solver.grid.mesh(view.flux_place(1, 0))[1]
+    width = TWO_PI / 64
+    for closure, exact in (
+        (Smagorinsky(0.2), -((0.2 * width) ** 2) * np.abs(np.cos(y)) * np.cos(y)),
+        (Leith(0.3), -((0.3 * width) ** 3) * np.abs(np.sin(y)) * np.cos(y)),
+    ):
+        flux = np.asarray(closure(view))
+        tolerance = 1e-12 if kind == "spectral" else 2e-2  # the kinks of |·| are smoothed by averages
+        assert np.sqrt(np.mean((flux[1, 0] - exact) ** 2)) <= tolerance * np.abs(exact).max()
+        np.testing.assert_allclose(flux[0, 1], flux[1, 0], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("closure", [Smagorinsky(0.2), Leith(0.5)], ids=["smagorinsky", "leith"])
+def test_eddy_viscosities_only_remove_energy(kind, closure):
+    solver = solver_of(kind, square(16)).prepare(np.float64)
+    for seed in range(5):
+        u = solver.project(jnp.asarray(np.random.default_rng(seed).standard_normal((2, 16, 16))))
+        if kind == "spectral":
+            z = solver.encode(u)
+            rate = solver.decode({**z, **solver.receive(closure(_view(solver, u)), None)})
+        else:
+            rate = solver.receive(closure(_view(solver, u)), None)["u"]
+        assert float(jnp.vdot(u, rate)) < 0
+
+
+def test_constants_are_checked():
+    for make in (lambda: Smagorinsky(-0.1), lambda: Leith(float("nan"))):
+        with pytest.raises(ValueError, match="must be finite and not negative"):
+            make()
+
+
+# --- consistency -------------------------------------------------------------------------------------------------------------------
+
+
+class Recorded(Source):
+    """s at every stage from a list made beforehand, and the states that it was called with."""
+
+    sources: list
+    seen: list
+
+    def __call__(self, view, memory=None, key=None):
+        self.seen.append(np.asarray(view.u))
+        return self.sources[len(self.seen) - 1]
+
+
+def _eager_run(solver, stepper, u, dt, count, tendency):
+    """`count` steps without compilation; every stage's state passes through `tendency`."""
+    coefficients = stepper.prepare(solver, dt, u.dtype)
+    z = solver.encode(u)
+    for i in range(count):
+        z = stepper(solver, coefficients, z, jnp.asarray(i * dt), jnp.asarray(dt), tendency)
+    return solver.decode(z)
+
+
+def _nonlinear(solver, z):
+    """N(z) after projection, as a velocity."""
+    rate = solver.constrain(solver.explicit(z, jnp.zeros(()), lambda q, t: None))
+    return solver.decode({**z, **rate})
+
+
+CONSISTENT = [
+    ("spectral", ETDRK4()),
+    ("spectral", CrankNicolsonRK4()),
+    ("finite_volume", SSPRK2()),
+    ("finite_volume", SSPRK3()),
+]
+
+
+@pytest.mark.parametrize(("kind", "stepper"), CONSISTENT, ids=lambda s: s if isinstance(s, str) else type(s).__name__)
+def test_with_the_exact_source_the_coarse_run_is_the_filtered_fine_run(kind, stepper):
+    """s = restrict(N(u_fine)) − N_coarse(restrict(u_fine)) at every stage: what is missing, and nothing else."""
+    fine, coarse = (solver_of(kind, square(n), 5e-3, kolmogorov(), **_plain(kind)).prepare(np.float64) for n in (24, 12))
+    dt, count = 0.02, 10
+    u = fine.project(jnp.asarray(random_flow(fine, 8, modes=7, mean=(0.2, 0.1))))
+    other = _other_filter(coarse)
+    filters = {"own": jax.jit(lambda q: coarse.restrict(q, fine.grid, fine.variables)), "other": jax.jit(other(fine))}
+    rate_fine, rate_coarse = (jax.jit(lambda z, s=s: _nonlinear(s, z)) for s in (fine, coarse))
+    stages, sources = [], {"own": [], "other": []}
+
+    def watch(z, t):
+        q, rate = fine.decode(z), rate_fine(z)
+        stages.append(np.asarray(filters["own"](q)))
+        for name, restrict in filters.items():
+            sources[name].append(restrict(rate) - rate_coarse(coarse.encode(restrict(q))))
+
+    # a scan over stages would trace `watch` once
+    with jax.disable_jit() if isinstance(stepper, CrankNicolsonRK4) else nullcontext():
+        end = np.asarray(filters["own"](_eager_run(fine, stepper, u, dt, count, lambda z, t: watch(z, t))))
+        errors = {}
+        for name, series in sources.items():
+            closure = Recorded(series, [])
+            model = Model(coarse, stepper, dt, (closure,), "stage")
+            prepared = model.prepare(u.dtype)
+            start = filters["own"](u)
+            z, carry, step = prepared.solver.encode(start), model.init_carry(start), jnp.zeros((), jnp.int32)
+            for _ in range(count):
+                z, carry, step = model(z, carry, step, prepared)
+            assert len(closure.seen) == len(series) == stepper.stages * count
+            each = max(relative(a, b) for a, b in zip(closure.seen, stages, strict=True))
+            errors[name] = max(each, relative(prepared.solver.decode(z), end))
+    bare = evolve(coarse, stepper, np.asarray(filters["own"](u)), dt, count)
+    print(kind, type(stepper).__name__, errors, "bare", relative(bare, end))
+    assert errors["own"] <= 1e-12
+    assert errors["other"] > 1e-3  # negative control
+    assert relative(bare, end) > 1e-3
+
+
+def _plain(kind):
+    # the mask of a dealiased coarse run would also cut the source
+    return {"dealias": "none"} if kind == "spectral" else {}
+
+
+def _other_filter(coarse):
+    """Means over cells instead of a cut, or a cut instead of face means."""
+    from hybridsim.grid import resample
+
+    def make(fine):
+        average = (True, True) if coarse.flux_place(0, 0) == coarse.flux_place(0, 1) else (False, False)
+
+        def restrict(q):
+            out = [
+                resample(c, coarse.grid.shape, v.at, w.at, average=average)
+                for c, v, w in zip(q, fine.variables, coarse.variables, strict=True)
+            ]
+            return coarse.project(jnp.stack(out))
+
+        return restrict
+
+    return make
