@@ -163,11 +163,11 @@ def _locate(model: Model, state: Any, sample: int, frames: int, every: int) -> B
     z, carry, step = jax.tree.map(lambda a: a[sample], state)
     prepared = eqx.filter_jit(lambda m: m.prepare(carry["start"].dtype))(model)
     one = eqx.filter_jit(lambda m, p, s: m(*s, p))
-    decode = jax.jit(prepared.solver.decode)
+    decode = eqx.filter_jit(lambda p, q: p.solver.decode(q))
     current = (z, carry, step)
     for _ in range(frames * every):
         current = one(model, prepared, current)
-        u = np.asarray(decode(current[0]))
+        u = np.asarray(decode(prepared, current[0]))
         if not np.isfinite(u).all():
             break
     bad = np.argwhere(~np.isfinite(u))

@@ -593,6 +593,8 @@ def conservation_figure(folder: Folder) -> "Figure | None":
             times, values = np.asarray(data["time"], dtype=np.float64), _sample_max(data)
             # zero has no logarithm: the trivial one at the start is left out, any other lies below the panel
             values = np.where(values == 0, np.where(times == times[0], np.nan, 1e-300), values)
+            # A run that is blowing up leaves the panel at its top instead of stretching the page.
+            values = np.minimum(values, 1e3)
             axes.semilogy(times, values, **run.line)
             _end_mark(axes, times, values, run.colour)
             shown = values[np.isfinite(values) & (values > 1e-300)]

@@ -128,7 +128,7 @@ def _largest_stable_dt(experiment: Experiment, model: Model) -> tuple[float, flo
         return None
     channels = len(model.solver.variables)
     u = jnp.full((channels, *model.solver.grid.shape), speed / math.sqrt(channels), jnp.float32)
-    return float(jax.jit(model.solver.stable_dt)(u)), speed
+    return float(model.solver.stable_dt(u)), speed
 
 
 def seconds_per_step(model: Model, dtype: Any) -> float:

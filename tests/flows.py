@@ -143,5 +143,3 @@ def evolve(solver, stepper, u, dt, count, closures=(), evaluate=()):
 def relative(a, b):
     """max |a − b| / max |b|."""
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
-
-

@@ -103,7 +103,9 @@ def _modes(shape, lengths, at, limit, seed=0, average=(False, False)):
         for n in range(-limit, limit + 1):
             a, phase = rng.standard_normal(), rng.uniform(0, 6)
             k = (TWO_PI * m / lengths[0], TWO_PI * n / lengths[1])
-            factor = np.prod([np.sinc(q * h / TWO_PI) if mean else 1.0 for q, h, mean in zip(k, grid.spacing, average, strict=True)])
+            factor = np.prod(
+                [np.sinc(q * h / TWO_PI) if mean else 1.0 for q, h, mean in zip(k, grid.spacing, average, strict=True)]
+            )
             out += a * factor * np.cos(k[0] * axes[0] + k[1] * axes[1] + phase)
     return out
 
@@ -111,8 +113,12 @@ def _modes(shape, lengths, at, limit, seed=0, average=(False, False)):
 BOX = (TWO_PI, 3.0)
 
 
-@pytest.mark.parametrize(("old", "new"), [((16, 15), (24, 20)), ((16, 15), (16, 15)), ((24, 21), (10, 9)), ((12, 16), (32, 9))], ids=str)
-@pytest.mark.parametrize(("source", "target"), [((0.5, 0.5), (0.5, 0.5)), ((0.5, 0.5), (1.0, 0.5)), ((1.0, 0.5), (0.5, 1.0))], ids=str)
+@pytest.mark.parametrize(
+    ("old", "new"), [((16, 15), (24, 20)), ((16, 15), (16, 15)), ((24, 21), (10, 9)), ((12, 16), (32, 9))], ids=str
+)
+@pytest.mark.parametrize(
+    ("source", "target"), [((0.5, 0.5), (0.5, 0.5)), ((0.5, 0.5), (1.0, 0.5)), ((1.0, 0.5), (0.5, 1.0))], ids=str
+)
 def test_resample_is_exact_for_resolved_modes(old, new, source, target):
     u = _modes(old, BOX, source, 4)
     found = np.asarray(resample(jnp.asarray(u)[None], new, source, target))[0]

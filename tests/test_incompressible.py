@@ -31,7 +31,7 @@ from hybridsim.solvers.steppers import ETDRK4, SSPRK3, CrankNicolsonRK4
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# --- exact solutions ---------------------------------------------------------------------------------------------------------------
+# --- exact solutions -------------------------------------------------------------------------------------------------------------
 
 BOXES = [
     (Grid((16, 16), (TWO_PI, TWO_PI)), 1, 1),
@@ -41,20 +41,23 @@ BOXES = [
 ]
 
 
-@pytest.mark.parametrize("stepper", [ETDRK4(), CrankNicolsonRK4(), SSPRK3()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize(("grid", "kx", "ky"), BOXES, ids=str)
-def test_spectral_taylor_green_in_a_moving_frame(grid, kx, ky, stepper):
+MOVING = [(ETDRK4(), *box) for box in BOXES] + [(CrankNicolsonRK4(), *BOXES[1]), (SSPRK3(), *BOXES[2])]
+
+
+@pytest.mark.parametrize(("stepper", "grid", "kx", "ky"), MOVING, ids=[f"{type(m[0]).__name__}-{m[1].shape}" for m in MOVING])
+def test_spectral_taylor_green_in_a_moving_frame(stepper, grid, kx, ky):
     solver = solver_of("spectral", grid, 2e-3, dealias="two_thirds" if grid.shape[0] != 16 else "hou_li")
     mean = (0.7, -0.4)
     dt, count = (2e-5, 400) if isinstance(stepper, SSPRK3) else (1e-4, 100)
     u = evolve(solver, stepper, taylor_green(solver, kx, ky, mean=mean), dt, count)
     exact = taylor_green(solver, kx, ky, dt * count, mean)
     still = taylor_green(solver, kx, ky, 0.0, mean)
+    print(type(stepper).__name__, grid.shape, relative(u, exact))
     assert np.abs(u - exact).max() <= 1e-11 * np.abs(exact).max()
     assert np.abs(still - exact).max() > 1e-3  # it has moved
 
 
-@pytest.mark.parametrize(("kx", "ky"), [(1, 1), (3, 2), (5, 0), (0, 4)])
+@pytest.mark.parametrize(("kx", "ky"), [(3, 2), (5, 0), (0, 4)])
 def test_spectral_taylor_green_at_rest_decays_exactly(kx, ky):
     solver = solver_of("spectral", Grid((18, 16), (TWO_PI, 4.0)), 0.05)
     u = evolve(solver, ETDRK4(), taylor_green(solver, kx, ky), 0.05, 20)
@@ -131,7 +134,7 @@ def test_finite_volume_kolmogorov_laminar_state_with_its_discrete_symbol(grid, c
     assert relative(evolve(solver, SSPRK3(), continuous, 0.02, 100), continuous) > 1e-4  # negative control
 
 
-# --- symmetries --------------------------------------------------------------------------------------------------------------------
+# --- symmetries ------------------------------------------------------------------------------------------------------------------
 
 
 def _swapped(u):
@@ -148,13 +151,15 @@ def _mirrored(u, kind):
 CLOSURES = {"none": (), "smagorinsky": (Smagorinsky(0.2),), "leith": (Leith(0.3),)}
 
 
-@pytest.mark.parametrize("closures", CLOSURES.values(), ids=CLOSURES)
-@pytest.mark.parametrize(("kind", "options"), [
-    ("spectral", {}),
-    ("finite_volume", {"convection": "van_leer"}),
-    ("finite_volume", {"convection": "central"}),
+@pytest.mark.parametrize(("kind", "options", "closure"), [
+    ("spectral", {}, "smagorinsky"),
+    ("spectral", {}, "leith"),
+    ("finite_volume", {"convection": "van_leer"}, "none"),
+    ("finite_volume", {"convection": "van_leer"}, "smagorinsky"),
+    ("finite_volume", {"convection": "central"}, "leith"),
 ])  # fmt: skip
-def test_a_step_commutes_with_swapped_axes_mirrors_and_shifts(kind, options, closures):
+def test_a_step_commutes_with_swapped_axes_mirrors_and_shifts(kind, options, closure):
+    closures = CLOSURES[closure]
     grid = Grid((16, 12), (TWO_PI, 5.0))
     solver = solver_of(kind, grid, 1e-3, **options)
     turned = solver_of(kind, Grid((12, 16), (5.0, TWO_PI)), 1e-3, **options)
@@ -168,7 +173,7 @@ def test_a_step_commutes_with_swapped_axes_mirrors_and_shifts(kind, options, clo
     assert relative(run(solver, np.roll(u, (3, 5), (1, 2))), np.roll(after, (3, 5), (1, 2))) <= 1e-13
 
 
-# --- invariants --------------------------------------------------------------------------------------------------------------------
+# --- invariants ------------------------------------------------------------------------------------------------------------------
 
 
 def _bare_rate(solver, u):
@@ -234,9 +239,10 @@ def test_halving_dt_divides_the_energy_drift_by_the_order(kind, options, stepper
     assert drift[0] / drift[1] >= 0.85 * 2**order
 
 
-# --- conserved sums and divergence -------------------------------------------------------------------------------------------------
+# --- conserved sums and divergence -----------------------------------------------------------------------------------------------
 
-PRECISION = {np.float64: (1e-13, 1e-11), np.float32: (5e-8, 1e-4)}
+# drift in one step; drift after n steps over √n; divergence. In single precision the mean flow alone is rounded by up to 6e-8.
+PRECISION = {np.float64: (1e-13, 1e-13, 1e-11), np.float32: (1e-7, 5e-8, 1e-4)}
 
 
 def _divergence(solver, u):
@@ -298,9 +304,14 @@ def test_momentum_and_divergence_in_a_forced_flow(kind, dtype, case):
     assert frames.dtype == dtype
     drift, divergence, taken = _worst(model, frames, ledger)
     print(kind, dtype.__name__, case, "drift", drift, "divergence", divergence)
-    limit, limit_divergence = PRECISION[dtype]
+    limit, limit_root, limit_divergence = PRECISION[dtype]
     assert taken == 30
     assert drift <= limit
+    double = frames.astype(np.float64)
+    change = np.abs((double - double[0]).sum(axis=(2, 3))[1:] - solver.grid.cells * _ledger_sum(ledger))
+    steady = change / np.abs(double[0]).sum(axis=(1, 2)) / np.sqrt(np.arange(1, 31))[:, None]
+    print("accumulated, over √steps", steady.max())
+    assert steady.max() <= limit_root
     assert divergence <= limit_divergence
     # the force and the drag have been at work, and the ledger tells
     assert np.abs(_ledger_sum(ledger)[-1]).max() > 1e-3
@@ -324,7 +335,7 @@ def test_flux_closures_keep_momentum_for_any_weights(kind, dtype):
                 worst, worst_divergence = max(worst, drift), max(worst_divergence, divergence)
                 assert std > 1 or taken > 0
     print(kind, dtype.__name__, "random weights: drift", worst, "divergence", worst_divergence, "blown up", stopped)
-    limit, limit_divergence = PRECISION[dtype]
+    limit, _, limit_divergence = PRECISION[dtype]
     assert worst <= limit
     assert worst_divergence <= limit_divergence
 
@@ -356,7 +367,7 @@ def test_projection_is_orthogonal_and_idempotent(kind):
     assert abs(_alignment(np.asarray(once), np.asarray(u - once))) <= 1e-14
 
 
-# --- filters -----------------------------------------------------------------------------------------------------------------------
+# --- filters ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coarse", [(16, 16), (12, 15), (8, 32)], ids=str)

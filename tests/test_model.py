@@ -58,11 +58,10 @@ def _start(kind, n=12, dtype=np.float32, seed=1):
     return jnp.asarray(random_flow(solver_of(kind, square(n)), seed, modes=3, mean=(0.2, 0.1), dtype=dtype))
 
 
-# --- rollouts ----------------------------------------------------------------------------------------------------------------------
+# --- rollouts --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("levels", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("length", [1, 3, 5, 16, 23])
+@pytest.mark.parametrize(("length", "levels"), [(1, 2), (3, 1), (5, 2), (16, 2), (23, 2), (23, 3), (23, 4), (4, 0)])
 def test_nested_scan_is_a_scan(levels, length):
     def body(state, _):
         state = 1.1 * jnp.sin(state) + 0.01
@@ -87,7 +86,7 @@ def test_frames_every_and_checkpoint_levels_tell_the_same_story(kind):
     np.testing.assert_allclose(one.t, 0.01 * np.arange(1, 13), rtol=1e-12)
     scale = np.abs(one.u).max()
     assert np.abs(one.u[-1] - u).max() > 1e-3
-    for frames, every, levels in ((12, 1, 2), (4, 3, 2), (1, 12, 3), (3, 4, 0)):
+    for frames, every, levels in ((4, 3, 2), (1, 12, 3)):
         other = run(model, State(u), frames, every=every, checkpoint_levels=levels)
         np.testing.assert_allclose(other.u, one.u[every - 1 :: every], rtol=0, atol=2e-6 * scale)
         assert int(other.final.step) == 12
@@ -115,8 +114,8 @@ def test_impossible_rollouts_are_refused():
             rollout(_model("spectral"), State(_start("spectral")), frames, every=every)
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_substeps_are_steps(kind):
+def test_substeps_are_steps():
+    kind = "spectral"
     u = _start(kind)
     run = eqx.filter_jit(rollout)
     single = run(_model(kind, (Smagorinsky(0.1),)), State(u), 8)
@@ -129,7 +128,7 @@ def test_substeps_are_steps(kind):
     assert 1e-6 < gap < 1e-2  # held is another, nearby run
 
 
-@pytest.mark.parametrize(("evaluate", "calls", "last"), [("step", 8, 7), (2, 8 // 2, 6), (4, 8 // 4, 4)])
+@pytest.mark.parametrize(("evaluate", "calls", "last"), [("step", 8, 7), (2, 4, 6)])
 def test_held_closures_are_called_once_in_n_steps_at_the_right_time(evaluate, calls, last):
     model = _model("spectral", (Counting(),), evaluate, substeps=4)
     final = eqx.filter_jit(rollout)(model, State(_start("spectral")), 2).final
@@ -140,13 +139,13 @@ def test_held_closures_are_called_once_in_n_steps_at_the_right_time(evaluate, ca
 
 def test_different_rhythms_mix():
     closures = (Smagorinsky(0.1), Counting(), Kick(), Push(0.1))
-    model = _model("finite_volume", closures, ("stage", 2, 4, "step"), substeps=4)
-    final = eqx.filter_jit(rollout)(model, State(_start("finite_volume")), 3).final
+    model = _model("spectral", closures, ("stage", 1, 2, "step"), substeps=2)
+    final = eqx.filter_jit(rollout)(model, State(_start("spectral")), 3).final
     assert int(final.carry["closures"][1]["memory"][0]) == 6
     assert np.isfinite(final.u).all()
 
 
-# --- the carry ---------------------------------------------------------------------------------------------------------------------
+# --- the carry -------------------------------------------------------------------------------------------------------------------
 
 
 def _bits(tree):
@@ -155,14 +154,18 @@ def _bits(tree):
     return [np.asarray(a) for a in raw]
 
 
-@pytest.mark.parametrize("precision", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("kind", "precision"), [
+    ("spectral", np.float32),
+    ("finite_volume", np.float64),
+    pytest.param("spectral", np.float64, marks=pytest.mark.slow),
+    pytest.param("finite_volume", np.float32, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_stopping_saving_and_going_on_is_bitwise_the_uninterrupted_run(kind, precision, tmp_path, request):
     if precision == np.float64:
         request.getfixturevalue("x64")
     closures = (Remembering(), Smagorinsky(0.1), Kick())
-    model = _model(kind, closures, (2, "stage", 4), substeps=4)
-    u = _start(kind, dtype=precision)
+    model = _model(kind, closures, (2, "stage", 4), substeps=4, n=8)
+    u = _start(kind, n=8, dtype=precision)
     go = eqx.filter_jit(lambda z, carry, step: advance(model, model.prepare(u.dtype), z, carry, step, 3))
     start = (model.solver.prepare(u.dtype).encode(u), model.init_carry(u, 7), jnp.zeros((), jnp.int32))
     whole = go(*go(*go(*start)))
@@ -217,7 +220,7 @@ def test_the_ledger_loses_nothing():
     assert np.abs(np.asarray(naive, np.float64) - exact).max() > 1e-6 * exact.max()
 
 
-# --- refusals before tracing -------------------------------------------------------------------------------------------------------
+# --- refusals before tracing -----------------------------------------------------------------------------------------------------
 
 
 class Untraceable(Interpolation):
@@ -226,7 +229,10 @@ class Untraceable(Interpolation):
 
 
 REFUSED = [
-    (lambda: _model("spectral", (Untraceable(),)), "Untraceable is a Interpolation closure.*does not take; it takes Flux, Source, PostStep"),
+    (
+        lambda: _model("spectral", (Untraceable(),)),
+        "Untraceable is a Interpolation closure.*does not take; it takes Flux, Source, PostStep",
+    ),
     (lambda: _model("finite_volume", (Smagorinsky(),), 2, substeps=3), "divides substeps = 3, found 2"),
     (lambda: _model("finite_volume", (Smagorinsky(),), 0), "found 0"),
     (lambda: _model("finite_volume", (Smagorinsky(),), "sometimes"), "found 'sometimes'"),
@@ -245,7 +251,7 @@ def test_impossible_models_are_refused_before_tracing(make, words):
         make()
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------------------
+# --- precision -------------------------------------------------------------------------------------------------------------------
 
 
 def _double_values(jaxpr):

@@ -16,10 +16,10 @@ from hybridsim.solvers.steppers import ETDRK4
 from hybridsim.storage import Checkpoints
 from hybridsim.train import Recipe, TrainingDiverged, batches, relative_error, spectral_weight, train
 
-# --- reference ---------------------------------------------------------------------------------------------------------------------
+# --- reference -------------------------------------------------------------------------------------------------------------------
 
 
-def _frames(recipe=None, seed=1, **changed):
+def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, **changed):  # noqa: B008
     solver_on = lambda grid: solver_of("spectral", grid, 1e-2, kolmogorov())  # noqa: E731
     targets = {
         "spectral_12x12": solver_of("spectral", square(12), 1e-2),
@@ -28,7 +28,7 @@ def _frames(recipe=None, seed=1, **changed):
     }
     options = {"half": "half", "pictures": 2} | changed
     return reference.make_frames(
-        recipe or {"seed": seed}, solver_on, ETDRK4(), RandomVelocity(2.0, 3.0, warm_up=0.2, warm_up_shape=(16, 16)),
+        {"seed": seed, "initial": repr(initial)}, solver_on, ETDRK4(), initial,
         reference.sample_keys(seed, 2), square(24), np.float64, 0.1, 2, targets, **options,
     )  # fmt: skip
 
@@ -80,8 +80,20 @@ def test_frames_are_filtered_cached_and_regenerated_bit_for_bit():
         np.testing.assert_array_equal(other.pictures, made.pictures)
         assert other.dt == made.dt
 
-    # another seed is another flow
-    assert np.abs(_frames(seed=2, half=None).groups["spectral_12x12"] - made.groups["spectral_12x12"]).max() > 0.1
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_warmed_up_frames_are_regenerated_bit_for_bit(monkeypatch, tmp_path):
+    initial = RandomVelocity(2.0, 3.0, warm_up=0.2, warm_up_shape=(16, 16))
+    made = _frames(initial)
+    monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "another"))
+    anew = _frames(initial)
+    assert not anew.cached
+    for name, array in made.groups.items():
+        np.testing.assert_array_equal(anew.groups[name], array)
+    cold, other = _frames(half=None), _frames(initial, seed=2, half=None)
+    for frames in (cold, other):  # the warm-up and the seed decide the flow
+        assert np.abs(frames.groups["spectral_12x12"] - made.groups["spectral_12x12"]).max() > 0.1
 
 
 def test_a_fine_run_that_blows_up_says_when():
@@ -97,7 +109,7 @@ def test_samples_have_their_own_keys():
     assert [jax.random.key_data(k).tolist() for k in reference.sample_keys(0, 2)] == keys[:2]
 
 
-# --- loss and batches --------------------------------------------------------------------------------------------------------------
+# --- loss and batches ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_a_relative_error():
@@ -135,7 +147,7 @@ def test_phases_grow():
     assert recipe.total == 6
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------------------
 
 TINY = Recipe((2,), (6,), batch=2, rate=1e-2, validate_every=3)
 

@@ -44,7 +44,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "stepper", "order", "counts"), CASES, ids=lambda c: type(c).__name__ if isinstance(c, eqx.Module) else str(c))
+@pytest.mark.parametrize(("kind", "stepper", "order", "counts"), CASES, ids=[f"{c[0]}-{type(c[1]).__name__}" for c in CASES])
 def test_order_in_time(kind, stepper, order, counts):
     # hardly any viscosity: the explicit terms dominate
     options = {"convection": "central"} if kind == "finite_volume" else {}
