@@ -91,6 +91,11 @@ class CNN(eqx.Module):
         *,
         key: PRNGKeyArray,
     ):
+        for name, value in (("width", width), ("depth", depth), ("kernel", kernel)):
+            if value < 1:
+                raise ValueError(f"{name}: must be positive, found {value}")
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: must be odd, found {kernel}")
         sizes = [channels_in] + [width] * depth + [channels_out]
         keys = jax.random.split(key, len(sizes) - 1)
         last = len(sizes) - 2

@@ -4,6 +4,7 @@ Exit codes: 0 done and all checks passed · 1 a check failed · 2 bad input, bef
 diverged · 130 and 143 interrupted, state saved.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -56,8 +57,11 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def _leave(action: Callable[[], int]) -> NoReturn:
-    """Run the action and exit with its code; every refusal is one line on stderr and exit code 2."""
+def _leave(action: Callable[[], int], saves: bool = False) -> NoReturn:
+    """Run the action and exit with its code; every refusal is one line on stderr and exit code 2.
+
+    An action that `saves` its state is told of signals and stops by itself; any other just ends.
+    """
     from hybridsim.signals import STOP, Interrupted
     from hybridsim.yaml_reader import ConfigError
 
@@ -66,7 +70,7 @@ def _leave(action: Callable[[], int]) -> NoReturn:
         return 2
 
     try:
-        with STOP.listening():
+        with STOP.listening() if saves else contextlib.nullcontext():
             code = action()
     except ConfigError as error:
         code = refuse(error)
@@ -115,7 +119,7 @@ def run(experiment: ExperimentName, overrides: Overrides = None, out: Out = None
 
         return run_experiment(loaded, folder, resume, _console())
 
-    _leave(action)
+    _leave(action, saves=True)
 
 
 @app.command()
@@ -134,7 +138,7 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
 
         return train_experiment(loaded, folder, resume, _console())
 
-    _leave(action)
+    _leave(action, saves=True)
 
 
 @app.command()

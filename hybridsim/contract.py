@@ -170,8 +170,12 @@ class AbstractSolver(eqx.Module):
     """
 
     grid: eqx.AbstractVar[Grid]
-    variables: eqx.AbstractVar[tuple[Variable, ...]]
     places: ClassVar[tuple[type[AbstractClosure], ...]]
+
+    @property
+    @abc.abstractmethod
+    def variables(self) -> tuple[Variable, ...]:
+        """The channels of the state."""
 
     @abc.abstractmethod
     def prepare(self, dtype: Any) -> "AbstractSolver":

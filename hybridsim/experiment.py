@@ -142,13 +142,17 @@ def _begin(model: Model, u: Any, key: Any) -> Any:
 
 
 @eqx.filter_jit
-def _chunk(model: Model, state: Any, frames: int, every: int) -> tuple[Any, Any]:
+def _prepare(model: Model, dtype: Any) -> Prepared:
+    return model.prepare(dtype)
+
+
+@eqx.filter_jit
+def _chunk(model: Model, prepared: Prepared, state: Any, frames: int, every: int) -> tuple[Any, Any]:
     """`frames` frames of every sample: one sample after another on CPU, all at once elsewhere."""
-    dtype = state[1]["start"].dtype
-    prepared = model.prepare(dtype)
 
     def one(state):
-        return frames_of(model, prepared, *state, frames, every, 0, _observe)
+        z, carry, step = state
+        return frames_of(model, prepared, z, carry, step, frames, every, 0, _observe)
 
     return jax.lax.map(one, state) if jax.default_backend() == "cpu" else jax.vmap(one)(state)
 
@@ -161,7 +165,7 @@ def _chunk_length(frames: int) -> int:
 def _locate(model: Model, state: Any, sample: int, frames: int, every: int) -> Blowup:
     """Steps one sample again from the last good chunk boundary, one model step at a time, to where it first is not finite."""
     z, carry, step = jax.tree.map(lambda a: a[sample], state)
-    prepared = eqx.filter_jit(lambda m: m.prepare(carry["start"].dtype))(model)
+    prepared = _prepare(model, carry["start"].dtype)
     one = eqx.filter_jit(lambda m, p, s: m(*s, p))
     decode = eqx.filter_jit(lambda p, q: p.solver.decode(q))
     current = (z, carry, step)
@@ -185,7 +189,7 @@ def _run_one(
     work: Path,
     resume: bool,
     progress: Callable[[int, int], None],
-    interrupted: Callable[[Result], None],
+    interrupted: Callable[[Result], Any],
 ) -> Result:
     """All frames of one run, from its last checkpoint if there is one."""
     frames, every = experiment.spec.time.frames, experiment.steps_per_frame(label, model.dt).steps
@@ -216,11 +220,12 @@ def _run_one(
     result = Result(label, model, u, ledger, blowups, seconds, compile_seconds)
     gone = {b.sample for b in blowups}
     begin = time.perf_counter()
-    compiled = _chunk.lower(model, state, per_chunk, every).compile()
+    prepared = _prepare(model, u0.dtype)
+    compiled = _chunk.lower(model, prepared, state, per_chunk, every).compile()
     result.compile_seconds += time.perf_counter() - begin
     for first in range(done, frames, per_chunk):
         begin = time.perf_counter()
-        new, (chunk, (high, low)) = jax.block_until_ready(compiled(model, state, per_chunk, every))
+        new, (chunk, (high, low)) = jax.block_until_ready(compiled(model, prepared, state, per_chunk, every))
         result.seconds += time.perf_counter() - begin
         chunk = np.asarray(chunk)
         span = slice(first + 1, first + 1 + per_chunk)
@@ -258,11 +263,12 @@ def _run_one(
 
 def _latency(model: Model, state: Any, frames: int, every: int) -> float:
     """Seconds per unit time of one sample alone, after compilation, the least of a few rounds."""
-    compiled = _chunk.lower(model, state, frames, every).compile()
+    prepared = jax.block_until_ready(_prepare(model, state[1]["start"].dtype))
+    compiled = _chunk.lower(model, prepared, state, frames, every).compile()
     best = math.inf
     for _ in range(TIMING_ROUNDS):
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(model, state, frames, every))
+        jax.block_until_ready(compiled(model, prepared, state, frames, every))
         best = min(best, time.perf_counter() - begin)
     return best / (frames * every * model.step_time)
 

@@ -55,6 +55,10 @@ def _compensated_add(total: tuple[Array, Array], value: Array) -> tuple[Array, A
     return new, low + lost
 
 
+def _listed(given: Evaluate | Sequence[Evaluate]) -> tuple[Evaluate, ...]:
+    return (given,) if isinstance(given, str | int) else tuple(given)
+
+
 class Model(eqx.Module):
     """z ← Φ(z): one model step, `substeps` solver steps of size Δt with the closures in their places.
 
@@ -74,17 +78,13 @@ class Model(eqx.Module):
     stepper: AbstractStepper
     dt: float = eqx.field(static=True, converter=float)
     closures: tuple[AbstractClosure, ...] = eqx.field(default=(), converter=tuple)
-    evaluate: tuple[Evaluate, ...] = eqx.field(
-        static=True, default=(), converter=lambda e: e if isinstance(e, str | int) else tuple(e)
-    )
+    evaluate: tuple[Evaluate, ...] = eqx.field(static=True, default=(), converter=_listed)
     substeps: int = eqx.field(static=True, default=1)
 
     def __post_init__(self):
-        given: Any = self.evaluate
-        if isinstance(given, str | int):
-            given = (given,) * len(self.closures)
-        elif not given:
-            given = ("step",) * len(self.closures)
+        given = _listed(self.evaluate) or ("step",)
+        if len(given) == 1:
+            given = given * len(self.closures)
         self.evaluate = tuple(1 if e == "step" else e for e in given)
 
     def __check_init__(self):
@@ -300,8 +300,9 @@ def nested_scan(body: Callable, init: PyTree, length: int, levels: int) -> tuple
 def advance(model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, count: int) -> tuple[PyTree, PyTree, Array]:
     """`count` model steps of (z, carry, step), nothing stored on the way."""
 
-    def body(state, _):
-        return model(*state, prepared), None
+    def body(state: tuple[PyTree, PyTree, Array], _):
+        z, carry, step = state
+        return model(z, carry, step, prepared), None
 
     state, _ = jax.lax.scan(body, (z, carry, step), None, count)
     return state
@@ -326,8 +327,9 @@ def frames_of(
     inner_levels = levels if frames == 1 else max(0, levels - 1) if every > 1 else 0
     outer_levels = levels if every == 1 else min(1, levels) if frames > 1 else 0
 
-    def step_body(state, _):
-        return model(*state, prepared), None
+    def step_body(state: tuple[PyTree, PyTree, Array], _):
+        z, carry, step = state
+        return model(z, carry, step, prepared), None
 
     def frame_body(state, _):
         if every == 1:

@@ -30,6 +30,7 @@ class FineRunError(Exception):
     """A fine run stopped being finite; the message says when."""
 
 
+@eqx.filter_jit
 def _leap(
     solver: AbstractSolver, stepper: AbstractStepper, z: Any, t: Array, dt: Array, count: Array, dtype: Any
 ) -> tuple[Any, Float[Array, "sample c *grid"]]:
@@ -41,6 +42,12 @@ def _leap(
     every_sample = jax.vmap(lambda q, now: stepper(prepared, coefficients, q, now, step, nothing), in_axes=(0, None))
     z = jax.lax.fori_loop(0, count, lambda i, q: every_sample(q, t + i.astype(dtype) * step), z)
     return z, jax.vmap(prepared.decode)(z)
+
+
+@eqx.filter_jit
+def _stable(solver: AbstractSolver, u: Float[Array, "sample c *grid"]) -> Array:
+    """The largest stable Δt of the fastest sample."""
+    return jnp.min(jax.vmap(solver.stable_dt)(u))
 
 
 def fine_run(
@@ -62,19 +69,17 @@ def fine_run(
     Returns the last states and the smallest Δt. Raises `FineRunError` when a state is no longer finite.
     """
     dtype = u.dtype
-    leap = eqx.filter_jit(_leap)
-    stable = eqx.filter_jit(lambda s, q: jnp.min(jax.vmap(s.stable_dt)(q)))
     z = jax.jit(jax.vmap(solver.prepare(dtype).encode))(u)
     watch(0, u)
     smallest = math.inf
     for frame in range(1, frames + 1):
-        limit = float(stable(solver, u))
+        limit = float(_stable(solver, u))
         if not (math.isfinite(limit) and bool(jnp.isfinite(u).all())):
             raise FineRunError(f"the fine run stopped being finite before t = {(frame - 1) * interval:g}")
         count = max(1, math.ceil(interval / (courant * limit if dt is None else dt) - 1e-9))
         smallest = min(smallest, interval / count)
         t = jnp.asarray((frame - 1) * interval, dtype)
-        z, u = leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype)
+        z, u = _leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype)
         watch(frame, u)
         progress(frame / frames)
     return u, smallest
@@ -190,12 +195,12 @@ def make_frames(
         name: eqx.filter_jit(jax.vmap(lambda q, s=target: s.restrict(q, grid, solver.variables)))
         for name, target in targets.items()
     }
-    groups: dict[str, list[np.ndarray]] = {name: [] for name in targets}
+    series: dict[str, list[np.ndarray]] = {name: [] for name in targets}
     shots: list[np.ndarray] = []
 
     def watch(frame: int, q: Array) -> None:
         for name, restrict in filters.items():
-            groups[name].append(np.asarray(restrict(q), kept))
+            series[name].append(np.asarray(restrict(q), kept))
         if frame in picture_frames:
             shots.append(np.asarray(q[0], np.float32))
 
@@ -205,7 +210,7 @@ def make_frames(
         solver, stepper, u, interval, frames, watch, **how, progress=lambda x: progress("reference", share + (rest - share) * x)
     )
     seconds = time.perf_counter() - begin
-    out = {name: np.stack(series, axis=1) for name, series in groups.items()}
+    out = {name: np.stack(shown, axis=1) for name, shown in series.items()}
     if half is not None and targets:
         first = next(iter(targets.values()))
         out[half] = _half_resolution(

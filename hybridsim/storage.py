@@ -561,8 +561,8 @@ def load_tree(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]:
     **Arguments:**
 
     - `path`: the file.
-    - `like`: a tree of the same structure, shapes and dtypes; its leaves may be `jax.ShapeDtypeStruct`. Arrays come back as its
-      leaves are: numpy as numpy, everything else as JAX arrays.
+    - `like`: a tree of the same structure, shapes and dtypes; its leaves, random keys excepted, may be `jax.ShapeDtypeStruct`.
+      Arrays come back as its leaves are: numpy as numpy, everything else as JAX arrays.
 
     A missing, additional or different array, and a damaged file, are refused before anything is returned.
     """

@@ -188,7 +188,7 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
 def train(
     model: Model,
     data: Float[np.ndarray, "trajectory frame c *grid"],
-    validation: Float[np.ndarray, "trajectory frame c *grid"],
+    validation: Float[np.ndarray, "other span c *grid"],
     interval: float,
     every: int,
     recipe: Recipe,

@@ -63,6 +63,7 @@ class StaggeredFiniteVolume(AbstractSolver):
             raise ValueError(f"grid: incompressible flow needs two or three axes, found shape {self.grid.shape}")
         if min(self.grid.shape) < 4:
             raise ValueError(f"grid: a finite-volume solver needs at least 4 cells per axis, found {self.grid.shape}")
+        self.equation.check_grid(self.grid)
 
     @property
     def variables(self) -> tuple[Variable, ...]:
@@ -102,8 +103,10 @@ class StaggeredFiniteVolume(AbstractSolver):
 
     def divergence(self, u: Float[Array, "d *grid"]) -> Float[Array, "*grid"]:
         """Σ_a (u_{a,i} − u_{a,i−1}) / Δx_a at the cell centres."""
-        terms = [(q - shift(q, -1, a)) / h for a, (q, h) in enumerate(zip(u, self.grid.spacing, strict=True))]
-        return sum(terms[1:], terms[0])
+        total = jnp.zeros_like(u[0])
+        for a, (q, h) in enumerate(zip(u, self.grid.spacing, strict=True)):
+            total = total + (q - shift(q, -1, a)) / h
+        return total
 
     def project(self, u: Float[Array, "d *grid"]) -> Float[Array, "d *grid"]:
         """u − δφ with δ·δφ = δ·u: the orthogonal projection onto discretely divergence-free fields."""

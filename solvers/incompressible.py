@@ -81,6 +81,14 @@ class NavierStokes(eqx.Module):
     def drag(self) -> float | Real:
         return 0.0 if self.forcing is None else self.forcing.drag
 
+    def check_grid(self, grid: Grid) -> None:
+        """Raises `ValueError` where the force cannot be represented on the grid."""
+        wavenumber = getattr(self.forcing, "wavenumber", 0)
+        if grid.ndim > 1 and 2 * wavenumber >= grid.shape[1]:
+            raise ValueError(
+                f"equation.forcing.wavenumber: {wavenumber} waves need more than {2 * wavenumber} cells along y, found {grid.shape[1]}"
+            )
+
     def velocity(self, places: tuple[Place, ...]) -> tuple[Variable, ...]:
         """The channels u, v(, w) at the given places."""
         return tuple(Variable(name, "length/time", at) for name, at in zip("uvw", places, strict=False))

@@ -44,6 +44,8 @@ class RandomVelocity(eqx.Module):
         for name in ("peak_wavenumber", "max_speed"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: must be positive and finite, found {getattr(self, name)}")
+        if not self.peak_wavenumber <= 24:
+            raise ValueError(f"peak_wavenumber: must be at most 24, found {self.peak_wavenumber}: the random modes reach 31")
         if not (np.isfinite(self.warm_up) and self.warm_up >= 0):
             raise ValueError(f"warm_up: must be finite and not negative, found {self.warm_up}")
 

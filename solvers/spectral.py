@@ -70,6 +70,7 @@ class Spectral2D(AbstractSolver):
             raise ValueError("grid: a spectral solver needs periodic boundaries")
         if min(self.grid.shape) < 4:
             raise ValueError(f"grid: a spectral solver needs at least 4 cells per axis, found {self.grid.shape}")
+        self.equation.check_grid(self.grid)
 
     @property
     def variables(self) -> tuple[Variable, ...]:

@@ -25,7 +25,7 @@ def _stage(z: PyTree) -> PyTree:
 
 def _working(dtype) -> np.dtype:
     """Coefficients are computed in double precision where JAX has it, and cast to the state's dtype afterwards."""
-    return np.dtype(jnp.float64) if jax.config.jax_enable_x64 else np.dtype(dtype)
+    return max(jax.dtypes.canonicalize_dtype(np.float64), np.dtype(dtype), key=lambda d: d.itemsize)
 
 
 def _cast(tree: PyTree, dtype) -> PyTree:

@@ -190,6 +190,14 @@ def test_a_signal_ends_a_run_between_chunks(folder: Path, monkeypatch, number: i
     assert signal.getsignal(number) is before
 
 
+def test_a_command_that_saves_nothing_just_ends(folder: Path, monkeypatch):
+    handlers = []
+    monkeypatch.setattr("hybridsim.show.list_catalogue", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    assert invoke("list").exit_code == 0
+    assert handlers == [before]
+
+
 def test_a_second_ctrl_c_does_not_wait():
     stop = Stop()
     with stop.listening():
