@@ -86,7 +86,7 @@ class NavierStokes(eqx.Module):
         wavenumber = getattr(self.forcing, "wavenumber", 0)
         if grid.ndim > 1 and 2 * wavenumber >= grid.shape[1]:
             raise ValueError(
-                f"equation.forcing.wavenumber: {wavenumber} waves need more than {2 * wavenumber} cells along y, found {grid.shape[1]}"
+                f"equation.forcing.wavenumber: {wavenumber} waves need over {2 * wavenumber} cells along y, not {grid.shape[1]}"
             )
 
     def velocity(self, places: tuple[Place, ...]) -> tuple[Variable, ...]:

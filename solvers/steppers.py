@@ -201,7 +201,7 @@ class ETDRK4(AbstractStepper):
                 return tuple(s + new.real for s, new in zip(sums, (q, f1, f2, f3), strict=True)), None
 
             zero = jnp.zeros_like(x)
-            sums, _ = jax.lax.scan(add, (zero,) * 4, jnp.asarray(roots, complex_dtype))
+            sums, _ = jax.lax.scan(jax.checkpoint(add), (zero,) * 4, jnp.asarray(roots, complex_dtype))
             q, f1, f2, f3 = (step * s / points for s in sums)
             return {"e": jnp.exp(x), "e2": jnp.exp(x / 2), "q": q, "f1": f1, "f2": f2, "f3": f3}
 

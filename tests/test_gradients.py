@@ -62,7 +62,7 @@ def _mismatches(parameters, final, count, levels):
         zero = jax.tree.map(jnp.zeros_like, parameters)
         rows = [{**zero, name: directions[name]} for name in names]
         tangents = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-        return jax.vmap(lambda v: jax.jvp(run, (parameters,), (v,))[1])(tangents)
+        return jax.lax.map(lambda v: jax.jvp(run, (parameters,), (v,))[1], tangents)
 
     pushed = dict(zip(names, forwards(parameters), strict=True))
     out = {}
