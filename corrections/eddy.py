@@ -65,7 +65,7 @@ class Smagorinsky(Flux):
 class Leith(Flux):
     """ν_t = (c Δ)³ |∇ω|: the eddy viscosity of the enstrophy cascade, for two dimensions.
 
-    Leith 1996, doi:10.1016/S0167-2789(96)00107-2.
+    Leith 1996, doi:10.1016/0167-2789(96)00107-8.
 
     **Arguments:** `c`, the constant: 0.1–0.5. An array is trained.
 

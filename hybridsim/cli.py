@@ -65,7 +65,7 @@ def _leave(action: Callable[[], int], saves: bool = False) -> NoReturn:
     from hybridsim.signals import STOP, Interrupted
     from hybridsim.yaml_reader import ConfigError
 
-    def refuse(error: BaseException) -> int:
+    def refuse(error: BaseException | str) -> int:
         typer.echo(f"hybridsim: {_one_line(error)}", err=True)
         return 2
 
@@ -79,6 +79,8 @@ def _leave(action: Callable[[], int], saves: bool = False) -> NoReturn:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except PermissionError as error:
+        code = refuse(f"{error.filename}: {error.strerror}; choose another folder with --out")
     except BrokenPipeError:
         # the reader of a pipe has gone; nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -537,7 +537,8 @@ class Experiment:
             found = substeps if wanted < 1 else dt
             limit = f"at most {MOST_STEPS:.0e} are possible"
             raise ConfigError(f"{where}.{culprit}: {found:g} makes {total:.3g} steps to reach time.end = {end:g}; {limit}")
-        steps = max(1, math.ceil(wanted * (1 - 1e-12)))
+        # 0.0333333 means a third of 0.1: what lands within a ten-thousandth is taken as meant.
+        steps = max(1, math.ceil(wanted * (1 - 1e-4)))
         return Steps(steps, interval / (steps * substeps))
 
     def memory(self, label: str) -> float:
@@ -590,6 +591,11 @@ class Experiment:
             raise ConfigError(
                 f"train.updates: found {len(train.updates)} phases, but train.unroll has {phases}; give one entry each"
             )
+        if train.data.seed == self.spec.samples.seed:
+            raise ConfigError(
+                f"train.data.seed: {train.data.seed} is samples.seed too, so the closure would be tested on what it learnt from; "
+                "choose another"
+            )
         if len(set(train.seeds)) < len(train.seeds):
             raise ConfigError(f"train.seeds: found {show_value(train.seeds)}, and a seed given twice trains the same closure twice")
 
@@ -618,7 +624,8 @@ class Experiment:
         """The class that `use` names, with its arguments checked."""
         origin = find_class(use.use, table, kind, key_path(path), self.folders)
         if origin.file is not None:
-            self.files[origin.file.name] = str(origin.digest)
+            inside = origin.file.is_relative_to(self.folder)
+            self.files[origin.file.relative_to(self.folder).as_posix() if inside else origin.file.name] = str(origin.digest)
         self.origins[key_path(path)] = origin
         return make_part(use.use, origin.cls, use.arguments, path, supplied, self.folders, defaults)
 
@@ -828,7 +835,24 @@ class Experiment:
         self._check_memory(label, len(solver.variables), self.stepper(label, solver).stages)
         closures = self.closures_for(label, solver, random=False)
         interval = self.spec.time.end / self.spec.time.frames
-        self.model_for(label, dt=interval if spec.dt is None else None, closures=closures)
+        model = self.model_for(label, dt=interval if spec.dt is None else None, closures=closures)
+        self._check_closures(label, model)
+
+    def _check_closures(self, label: str, model: "Model") -> None:
+        """Traces each closure once, without compiling: what it returns must fit its place."""
+        import equinox as eqx
+        import jax
+
+        if not model.closures:
+            return
+        shape = jax.ShapeDtypeStruct((len(model.solver.variables), *model.solver.grid.shape), self.dtype(label))
+        try:
+            eqx.filter_eval_shape(lambda u: model.try_closures(u), shape)
+        except Exception as error:
+            where = key_path(self._path(label))
+            text = first_line(error)
+            path = f"{where}." if text.startswith("corrections[") else f"{where}.corrections: "
+            raise ConfigError(f"{path}{text}{'' if isinstance(error, ValueError) else _raised_at(error)}") from error
 
     # -- resolved -----------------------------------------------------------------------------------------------------------------
 

@@ -104,8 +104,8 @@ class AbstractClosure(eqx.Module):
 
     Derive from one of the places below, never from this class. A closure is called with a `View` and returns one array. If
     `init_memory` returns something, the call gets it as `memory` and returns `(array, new_memory)`. If `stochastic` is true, the
-    call gets a fresh random `key` each time. Arrays among the fields are trained; everything that shall stay fixed is declared
-    `eqx.field(static=True)`.
+    call gets a random `key`, fresh in each evaluation (all stages of a step share one). Arrays among the fields are trained;
+    everything that shall stay fixed is declared `eqx.field(static=True)`.
     """
 
     stochastic: ClassVar[bool] = False
@@ -133,7 +133,7 @@ class Interpolation(AbstractClosure):
     """w = w_scheme + Z a: free coefficients `(axis, side, c, free, *grid)` of the face interpolation.
 
     Z spans the null space of the polynomial conditions of the base scheme, so that its order cannot be unlearned (Kochkov et al.
-    2021, doi:10.1073/pnas.2101784118, supplement S3; `free` = stencil − conditions).
+    2021, doi:10.1073/pnas.2101784118; `free` = stencil − conditions).
     """
 
 

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+PRECISION = jax.lax.Precision.HIGHEST
+"""Full float32 products everywhere: accelerators would otherwise round to fewer bits, and weights would not carry over."""
+
 
 def _window(u: Array, size: int, dilation: int, axis: int) -> list[Array]:
     """The `size` periodic shifts u(x + s · dilation), s = −(size − 1)/2 … (size − 1)/2, along `axis`."""
@@ -28,7 +31,7 @@ def _by_products(u: Array, weights: Array, dilation: Sequence[int]) -> Array:
     """Columns along every axis but the first, one matrix product, then shifts along the first axis."""
     out_channels, _, *kernel = weights.shape
     grid = u.shape[1:]
-    first, others = kernel[0], kernel[1:]
+    first = kernel[0]
     # Without the barrier XLA computes whatever made u (an activation, say) once per shift.
     columns = jax.lax.optimization_barrier(u)
     for axis in range(1, len(grid)):
@@ -36,8 +39,7 @@ def _by_products(u: Array, weights: Array, dilation: Sequence[int]) -> Array:
     # Rows of `columns` run over (k_d, …, k_2, in); bring the weights into the same order.
     order = (2, 0, *range(weights.ndim - 1, 2, -1), 1)
     matrix = jnp.transpose(weights, order).reshape(first * out_channels, -1)
-    assert columns.shape[0] == matrix.shape[1], (columns.shape, matrix.shape, others)
-    products = (matrix @ columns.reshape(columns.shape[0], -1)).reshape(first, out_channels, *grid)
+    products = jnp.matmul(matrix, columns.reshape(columns.shape[0], -1), precision=PRECISION).reshape(first, out_channels, *grid)
     half = (first - 1) // 2
     total = products[half]
     for i in range(first):
@@ -51,7 +53,7 @@ def _stock(u: Array, weights: Array, dilation: Sequence[int]) -> Array:
     pad = [((k - 1) // 2 * d, (k - 1) // 2 * d) for k, d in zip(weights.shape[2:], dilation, strict=True)]
     padded = jnp.pad(u, [(0, 0), *pad], mode="wrap")
     ones = (1,) * len(dilation)
-    return jax.lax.conv_general_dilated(padded[None], weights, ones, "VALID", rhs_dilation=tuple(dilation))[0]
+    return jax.lax.conv_general_dilated(padded[None], weights, ones, "VALID", rhs_dilation=tuple(dilation), precision=PRECISION)[0]
 
 
 def periodic_convolution(

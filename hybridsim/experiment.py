@@ -62,11 +62,13 @@ class Result:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     latency: float = math.nan
+    done: int = 0
 
     @property
     def outcome(self) -> str:
         if not self.blowups:
-            return "finished"
+            frames = self.u.shape[1] - 1
+            return "finished" if self.done >= frames else f"interrupted after frame {self.done} of {frames}"
         first = min(self.blowups, key=lambda b: b.t)
         count = len(self.blowups)
         return str(first) + (f"; {count} of {len(self.u)} samples diverged" if len(self.u) > 1 else "")
@@ -101,7 +103,7 @@ def make_reference(experiment: "Experiment", progress: Callable[[str, float], No
     even = all(n % 2 == 0 and n >= 16 for n in spec.shape)
     return make_frames(
         reference_recipe(experiment, targets),
-        lambda grid: _on_grid(template, grid),
+        lambda grid: experiment.solver_for(spec.solver, grid.shape),
         experiment.stepper("reference"),
         experiment.initial(),
         sample_keys(experiment.spec.samples.seed, experiment.spec.samples.count),
@@ -116,10 +118,6 @@ def make_reference(experiment: "Experiment", progress: Callable[[str, float], No
         pictures=PICTURES,
         progress=progress,
     )
-
-
-def _on_grid(solver: AbstractSolver, grid) -> AbstractSolver:
-    return eqx.tree_at(lambda s: s.grid, solver, grid)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +215,7 @@ def _run_one(
                 ledger[:, first + 1 : first + 1 + per_chunk] = stored["ledger"]
     else:
         checkpoints.clear()
-    result = Result(label, model, u, ledger, blowups, seconds, compile_seconds)
+    result = Result(label, model, u, ledger, blowups, seconds, compile_seconds, done=done)
     gone = {b.sample for b in blowups}
     begin = time.perf_counter()
     prepared = _prepare(model, u0.dtype)
@@ -251,7 +249,8 @@ def _run_one(
                 "compile_seconds": result.compile_seconds,
             },
         )
-        progress(first + per_chunk, frames)
+        result.done = first + per_chunk
+        progress(result.done, frames)
         if STOP.requested is not None:
             interrupted(result)
             STOP.check()
@@ -353,11 +352,16 @@ LARGER_IS_BETTER = ("t95", "t80")
 
 
 def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every limit of `checks`, against the summary's own keys; a run is judged on those that name it or `all`."""
+    """Every limit of `checks`, against the summary's own keys; a run is judged on those that name it or `all`.
+
+    A run that diverged and may do so is not judged on `all`.
+    """
     rows = []
     for owner, limits in experiment.spec.checks.items():
         for label in runs if owner == "all" else [owner]:
             summary = runs[label]
+            if owner == "all" and summary["outcome"] != "finished" and experiment.spec.runs[label].may_diverge:
+                continue
             for name, limit in limits.model_dump(exclude_none=True).items():
                 value = summary[name]
                 if name in LARGER_IS_BETTER and value is None:
@@ -392,7 +396,8 @@ def _model(experiment: "Experiment", label: str, start: np.ndarray) -> Model:
         return experiment.model_for(label)
     solver = experiment.solver(label)
     limit = float(jnp.min(jax.vmap(solver.stable_dt)(jnp.asarray(start))))
-    return experiment.model_for(label, dt=experiment.steps_per_frame(label, cfl * limit).dt)
+    interval = experiment.spec.time.end / experiment.spec.time.frames
+    return experiment.model_for(label, dt=experiment.steps_per_frame(label, min(cfl * limit, interval)).dt)
 
 
 def _attributes(experiment: "Experiment", label: str, environment: dict[str, Any]) -> dict[str, Any]:
@@ -448,7 +453,6 @@ def _reference_groups(
 
 def run_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
     """Everything that `hybridsim run` does; returns the exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         try:
             return _run_locked(experiment, folder, resume, say)
@@ -517,7 +521,7 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
     origin = "from the cache" if reference.cached else f"made in {reference.seconds:.0f} s"
     say.line(
         f"reference {shape} {experiment.spec.reference.precision}, {origin}"
-        + (f"; half the resolution agrees (ρ ≥ .99) until t = {converged:.3g}" if converged is not None else "")
+        + (f"; half the resolution agrees (ρ ≥ .99) {_until(converged, experiment.spec.time.end)}" if converged is not None else "")
     )
 
     summaries: dict[str, dict[str, Any]] = {}
@@ -566,7 +570,7 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
         "checks": rows,
     }
     storage.write_json(folder / "summary.json", summary)
-    if not (folder / "training.json").exists() and (history := _training_history(experiment)):
+    if not (folder / "training").exists() and (history := _training_history(experiment)):
         storage.write_json(folder / "training.json", history)
     from hybridsim.report import write_report
 
@@ -584,6 +588,10 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
         say.line(f"diverged without may_diverge: {', '.join(blown)}")
         return 3
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def _until(t: float, end: float) -> str:
+    return f"to the end (t ≥ {t:.3g})" if t >= end else f"until t = {t:.3g}"
 
 
 def _sentence(label: str, summary: dict[str, Any]) -> str:

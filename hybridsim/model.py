@@ -66,7 +66,7 @@ class Model(eqx.Module):
 
     - `solver`, `stepper`: how the equation is discretised in space and in time.
     - `dt`: Δt of one solver step, a time; a model step advances `substeps · dt`.
-    - `closures`: closures, in the order in which they are added up.
+    - `closures`: Flux and Source closures are added up; PostStep closures act one after another.
     - `evaluate`: per closure (or one for all) `"stage"`, `"step"` or n, the solver steps for which its output is held; n divides
       `substeps`, so that nothing held crosses a model step.
     - `substeps`: solver steps per model step.
@@ -126,8 +126,17 @@ class Model(eqx.Module):
         solver = self.solver.prepare(dtype)
         return Prepared(solver, self.stepper.prepare(solver, self.dt, dtype), jnp.asarray(self.dt, dtype))
 
-    def init_carry(self, u: Float[Array, "c *grid"], seed: int | Array = 0) -> PyTree:
-        """Every slot that a run carries, at its start. `seed` (an int or a key) feeds the stochastic closures."""
+    def try_closures(self, u: Float[Array, "c *grid"]) -> None:
+        """Evaluates every closure once on u; raises what is wrong with its output."""
+        view = View(u, jnp.zeros((), u.dtype), jnp.asarray(self.dt, u.dtype), self.solver.prepare(u.dtype))
+        slots = self.init_carry(u)["closures"]
+        for i, closure in enumerate(self.closures):
+            out, _ = self._call(i, view, slots[i])
+            self._shape_check(i, out, place_of(closure), view)
+
+    def init_carry(self, u: Float[Array, "c *grid"], seed: int | Array = 0, start: float | Array = 0.0) -> PyTree:
+        """Every slot that a run carries, at its start. `seed` (an int or a key) feeds the stochastic closures; `start` is the time
+        of step 0."""
         key = jax.random.key(seed) if isinstance(seed, int) else seed
         view = View(u, jnp.zeros((), u.dtype), jnp.asarray(self.dt, u.dtype), self.solver.prepare(u.dtype))
         closures = []
@@ -142,7 +151,7 @@ class Model(eqx.Module):
                 slot["key"] = jax.random.fold_in(key, i)
             closures.append(slot)
         zero = jnp.zeros((u.shape[0],), u.dtype)
-        return {"closures": closures, "ledger": (zero, zero), "start": jnp.zeros((), u.dtype)}
+        return {"closures": closures, "ledger": (zero, zero), "start": jnp.asarray(start, u.dtype)}
 
     # -- one step ---------------------------------------------------------------------------------------------------------------
 
@@ -324,8 +333,13 @@ def frames_of(
     observe: Callable[[Prepared, PyTree, PyTree], Any] = _decoded,
 ) -> tuple[tuple[PyTree, PyTree, Array], Any]:
     """`frames` observations (by default decoded states), `every` model steps apart, checkpointed on `levels` levels."""
-    inner_levels = levels if frames == 1 else max(0, levels - 1) if every > 1 else 0
-    outer_levels = levels if every == 1 else min(1, levels) if frames > 1 else 0
+    if every == 1:
+        inner_levels, outer_levels = 0, levels
+    elif frames == 1 or levels <= 1:
+        inner_levels, outer_levels = levels, 0
+    else:
+        # Frames are one level; the steps between them have the others, and two where there are many.
+        inner_levels, outer_levels = max(levels - 1, 2 if every > 4 * frames else 1), 1
 
     def step_body(state: tuple[PyTree, PyTree, Array], _):
         z, carry, step = state
@@ -347,14 +361,18 @@ def rollout(
     """[Φ^every(u), Φ^(2 every)(u), …]: `frames` states after `start`, `every` model steps apart.
 
     Differentiable in `start.u` and in every array of `model`. `checkpoint_levels`: 0 stores every stage of every step; 1 recomputes
-    each step in the backward pass; 2 keeps about 2 √(frames · every) states. The solver's own representation is kept from step to
+    each step in the backward pass; 2 keeps about frames + every states (2 √n of n steps where there is one frame, or one step per
+    frame), and so on. The solver's own representation is kept from step to
     step, but a `State` holds the decoded one: going on from `final` is exact up to `encode(decode(z))`. `frames_of` carries z
     itself.
     """
     if frames < 1 or every < 1:
         raise ValueError(f"rollout: frames and every must be positive, found {frames} and {every}")
     prepared = model.prepare(start.u.dtype)
-    carry = model.init_carry(start.u, seed) if start.carry is None else start.carry
+    if start.carry is None:
+        carry = model.init_carry(start.u, seed, start.t - start.step * model.step_time)
+    else:
+        carry = start.carry
     step = jnp.asarray(start.step)
     z = prepared.solver.encode(start.u)
     (z, carry, step), u = frames_of(model, prepared, z, carry, step, frames, every, checkpoint_levels)

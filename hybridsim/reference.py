@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -74,12 +74,14 @@ def fine_run(
     smallest = math.inf
     for frame in range(1, frames + 1):
         limit = float(_stable(solver, u))
-        if not (math.isfinite(limit) and bool(jnp.isfinite(u).all())):
-            raise FineRunError(f"the fine run stopped being finite before t = {(frame - 1) * interval:g}")
+        if not (math.isfinite(limit) and limit > 1e-7 * interval):
+            raise FineRunError(f"the fine run blew up before t = {(frame - 1) * interval:g}")
         count = max(1, math.ceil(interval / (courant * limit if dt is None else dt) - 1e-9))
         smallest = min(smallest, interval / count)
         t = jnp.asarray((frame - 1) * interval, dtype)
         z, u = _leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype)
+        if not bool(jnp.isfinite(u).all()):
+            raise FineRunError(f"the fine run stopped being finite between t = {(frame - 1) * interval:g} and {frame * interval:g}")
         watch(frame, u)
         progress(frame / frames)
     return u, smallest
@@ -139,7 +141,6 @@ class Frames:
     dt: float
     seconds: float
     cached: bool = False
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def make_frames(

@@ -71,7 +71,7 @@ class Correction(Use):
         "step", description="when it is evaluated: every stage, every solver step, or every n solver steps (n divides substeps)"
     )
     weights: Text | None = Field(default=None, description="trained weights: a shipped name, or a path relative to the YAML")
-    seed: Whole = Field(default=0, description="seeds the random numbers of the closure")
+    seed: Whole = Field(default=0, description="seeds the untrained weights of the closure")
 
 
 class Domain(Section):

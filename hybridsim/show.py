@@ -31,6 +31,7 @@ from hybridsim.config import (
 )
 from hybridsim.contract import Place, place_of
 from hybridsim.model import Model
+from hybridsim.train import parameters
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,11 +80,6 @@ def _seconds(value: float) -> str:
 
 def _at(place: Place) -> str:
     return "(" + ", ".join(str(Fraction(x)) for x in place) + ")"
-
-
-def parameters(tree: Any) -> int:
-    """Numbers that training may change."""
-    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
 
 
 @functools.cache

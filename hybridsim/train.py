@@ -1,9 +1,10 @@
 """θ ← Adam(θ, ∂_θ ⟨‖Φ_θⁿ(ū₀) − ū(tₙ)‖²_W⟩): closures trained with the solver in the loop, through unrolled trajectories."""
 
 import math
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,8 +89,11 @@ class Outcome:
     seconds: float
     compile_seconds: float
     skipped: int
-    stopped: str = "finished"
-    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best_validation(self) -> dict[str, Any]:
+        """The validation scores of the weights that were kept."""
+        return next(r["validation"] for r in self.history if r["update"] == self.best_update)
 
 
 class TrainingDiverged(Exception):
@@ -176,11 +180,13 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
     rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes)
     mean = np.concatenate([[1.0], rho.mean(axis=0)])
     times = interval * np.arange(frames + 1)
-    t95, _ = diagnostics.crossing_time(times, mean, 0.95)
-    t80, _ = diagnostics.crossing_time(times, mean, 0.80)
+    t95, t95_at_least = diagnostics.crossing_time(times, mean, 0.95)
+    t80, t80_at_least = diagnostics.crossing_time(times, mean, 0.80)
     return {
-        "t95": times[-1] if t95 is None else t95,
-        "t80": times[-1] if t80 is None else t80,
+        "t95": t95,
+        "t95_at_least": t95_at_least,
+        "t80": t80,
+        "t80_at_least": t80_at_least,
         "mean_correlation": float(mean.mean()),
     }
 
@@ -221,7 +227,7 @@ def train(
             return _over_samples(one, windows, keys)
 
         loss, gradient = eqx.filter_value_and_grad(loss_of)(state.weights)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         gradient = jax.tree.map(lambda g: jnp.where(good, g, 0), gradient)
         steps, new = optimiser.update(gradient, state.optimiser, state.weights)
@@ -289,8 +295,9 @@ def train(
             begin = time.perf_counter()
             scores = correlation_scores(with_closures(state.weights), validation, interval, every, modes)
             record["validation"] = scores
-            # Ties (a t95 beyond the last frame, say) are decided by the mean correlation.
-            score = scores["t95"] + 1e-3 * scores["mean_correlation"]
+            # Ties (no crossing within the window, say) are decided by the mean correlation.
+            reached = scores["t95_at_least"] if scores["t95"] is None else scores["t95"]
+            score = reached + 1e-3 * scores["mean_correlation"]
             if score > float(state.best_score):
                 best_update = update + 1
                 better = jnp.asarray(score, jnp.float32)
@@ -316,8 +323,8 @@ def train(
     )
 
 
-def parameters(closures: Sequence[Any]) -> int:
-    """How many numbers the closures train."""
+def parameters(closures: Any) -> int:
+    """How many numbers a closure, or several, train."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(closures, eqx.is_inexact_array)))
 
 
@@ -333,7 +340,6 @@ def training_data(
     assert spec.train is not None
     data, label = spec.train.data, spec.train.run
     target = experiment.solver(label)
-    template = experiment.reference_solver()
     grid = experiment.grid(data.shape or spec.reference.shape, ("train", "data", "shape"))
     count = data.trajectories if kind == "training" else data.validation
     length = data.time if kind == "training" else data.validation_time
@@ -346,13 +352,13 @@ def training_data(
         **{name: resolved[name] for name in ("equation", "domain", "initial")},
         "reference": {name: resolved["reference"][name] for name in ("solver", "stepper")},
         "target": [type(target).__name__, list(target.grid.shape)],
-        "data": [kind, data.seed, first, count, frames, data.interval, list(grid.shape), data.precision, spec.samples.seed],
+        "data": [kind, data.seed, first, count, frames, data.interval, list(grid.shape), data.precision],
         "courant": COURANT,
         "files": {name: digest for name, digest in experiment.files.items() if name.endswith(".py")},
     }
     made = make_frames(
         recipe,
-        lambda g: eqx.tree_at(lambda s: s.grid, template, g),
+        lambda g: experiment.solver_for(spec.reference.solver, g.shape),
         experiment.stepper("reference"),
         experiment.initial(),
         keys,
@@ -396,17 +402,16 @@ def _model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
             f"train.data.interval: {interval:g} is not a whole number of model steps of {label!r} ({model.step_time:g} each); "
             f"choose a multiple, for example {max(1, every) * model.step_time:g}"
         )
-    shortest = min(spec.train.data.time, spec.train.data.validation_time)
-    if max(spec.train.unroll) * interval > shortest:
+    length = spec.train.data.time
+    if max(spec.train.unroll) * interval > length * (1 + 1e-9):
         raise ConfigError(
-            f"train.unroll: {max(spec.train.unroll)} frames of {interval:g} are longer than the trajectories ({shortest:g})"
+            f"train.unroll: {max(spec.train.unroll)} frames of {interval:g} are longer than train.data.time = {length:g}"
         )
     return model, every
 
 
 def train_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
     """Everything that `hybridsim train` does: data, one training per seed, weights, scores on the test starts."""
-    folder.mkdir(parents=True, exist_ok=True)
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         try:
             return _train_locked(experiment, folder, resume, say)
@@ -429,6 +434,9 @@ def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
         raise storage.StorageError(
             f"{work}: holds the training of another configuration; resume with the same YAML, or train into another --out"
         )
+    if not (resume and marker.exists()) and work.exists():
+        # What another recipe left must never be taken for the training of this one.
+        shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     storage.write_json(marker, experiment.config_hash)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
@@ -447,7 +455,7 @@ def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
     say.line(f"data: {data.shape[0]} trajectories of {spec.data.time:g}, {validation.shape[0]} for validation")
     bare = without_closures(first_model)
     base = correlation_scores(bare, validation, spec.data.interval, every, experiment.modes)
-    say.line(f"without closure: validation t95 {base['t95']:.3f}, t80 {base['t80']:.3f}")
+    say.line(f"without closure: validation {_said(base)}")
 
     outcomes: dict[int, Outcome] = {}
     histories: dict[str, list[dict[str, Any]]] = {}
@@ -465,7 +473,7 @@ def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
             say.progress(f"seed {seed}", record["update"] / recipe.total, note)
             if "validation" in record:
                 scores = record["validation"]
-                say.line(f"seed {seed}, update {record['update']}: {note}, t95 {scores['t95']:.3f}, t80 {scores['t80']:.3f}")
+                say.line(f"seed {seed}, update {record['update']}: {note}, {_said(scores)}")
             STOP.check()
 
         outcome = train(
@@ -486,9 +494,8 @@ def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
         storage.write_json(folder / "training.json", histories)
         summary = _seed_summary(outcome)
         _save_closures(experiment, outcome.model, folder, f"{label}-seed{seed}", {"training": {"seed": seed, **summary}})
-        say.line(
-            f"seed {seed}: best validation t95 {outcome.best_score:.3f} at update {outcome.best_update}, {outcome.seconds:.0f} s"
-        )
+        best = f"best validation {_said(outcome.best_validation)} at update {outcome.best_update}"
+        say.line(f"seed {seed}: {best}, {outcome.seconds:.0f} s")
 
     best = max(outcomes, key=lambda s: outcomes[s].best_score)
     card = {
@@ -526,9 +533,18 @@ def without_closures(model: Model) -> Model:
     return Model(model.solver, model.stepper, model.dt, (), (), model.substeps)
 
 
+def _said(scores: dict[str, Any]) -> str:
+    """t95 and t80 in words; what was not crossed is said to be at least the window."""
+    words = []
+    for name in ("t95", "t80"):
+        value = scores[name]
+        words.append(f"{name} {value:.3f}" if value is not None else f"{name} ≥ {scores[name + '_at_least']:.3f}")
+    return ", ".join(words)
+
+
 def _seed_summary(outcome: Outcome) -> dict[str, Any]:
     return {
-        "validation_t95": outcome.best_score,
+        "validation": outcome.best_validation,
         "best_update": outcome.best_update,
         "seconds": round(outcome.seconds, 1),
         "compile_seconds": round(outcome.compile_seconds, 1),

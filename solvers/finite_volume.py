@@ -27,7 +27,7 @@ def shift(u: Float[Array, "*grid"], offset: int, axis: int) -> Float[Array, "*gr
 
 
 def limited_slope(below: Float[Array, "*grid"], above: Float[Array, "*grid"]) -> Float[Array, "*grid"]:
-    """s = 2ab / (a + b) where ab > 0, else 0: the harmonic limiter (van Leer 1974, doi:10.1016/0021-9991(74)90019-9, eq. 67)."""
+    """s = 2ab / (a + b) where ab > 0, else 0: the harmonic limiter (van Leer 1974, doi:10.1016/0021-9991(74)90019-9)."""
     product = below * above
     total = below + above
     safe = jnp.where(product > 0, total, 1)
