@@ -75,7 +75,7 @@ def _leave(action: Callable[[], int], saves: bool = False) -> NoReturn:
     except ConfigError as error:
         code = refuse(error)
     except Interrupted as error:
-        typer.echo(f"hybridsim: stopped by {error}; the state is saved, go on with --resume", err=True)
+        typer.echo(f"hybridsim: stopped by {error}; what was finished is saved, go on with --resume", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130

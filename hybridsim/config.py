@@ -816,6 +816,7 @@ class Experiment:
     def _check_objects(self) -> None:
         """Build every object of every run; nothing is compiled."""
         self._check_duration(self.initial())
+        self._check_fine_runs()
         for label in ("reference", *self.labels):
             try:
                 self._check_run(label)
@@ -829,6 +830,33 @@ class Experiment:
         most = self._most_modes()
         if self.modes > most:
             raise ConfigError(f"compare.modes: the coarsest run carries fewer than {self.modes} modes; at most {most} are possible")
+
+    def _check_fine_runs(self) -> None:
+        """The grids of warm-up and training data carry the physics, and the initial state is made for such a box."""
+        import jax
+
+        initial, solver = self.initial(), self.reference_solver()
+        shapes = {("initial", "warm_up_shape"): getattr(initial, "warm_up_shape", None)}
+        if self.spec.train is not None:
+            shapes["train", "data", "shape"] = self.spec.train.data.shape
+            trained = self.spec.runs[self.spec.train.run].shape
+            made = self.spec.train.data.shape or self.spec.reference.shape
+            if any(n > m for n, m in zip(trained, made, strict=False)):
+                raise ConfigError(
+                    f"train.data.shape: {show_value(made)} is coarser than runs.{self.spec.train.run}.shape = {show_value(trained)}"
+                )
+        for path, shape in shapes.items():
+            if shape is not None:
+                self.grid(shape, path)
+                try:
+                    self.solver_for(self.spec.reference.solver, shape)
+                except ConfigError as error:
+                    raise ConfigError(f"{key_path(path)}: {str(error).removeprefix('solver.')}") from error
+        places = tuple(v.at for v in solver.variables)
+        try:
+            jax.eval_shape(lambda key: initial(key, solver.grid, places, self.dtype("reference")), jax.random.key(0))
+        except ValueError as error:
+            raise ConfigError(f"initial: {first_line(error)}") from error
 
     def _check_run(self, label: str) -> None:
         solver, spec = self.solver(label), self.spec_of(label)

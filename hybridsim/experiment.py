@@ -23,6 +23,7 @@ from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError, Frames, make_frames, sample_keys
 from hybridsim.signals import STOP
 from hybridsim.train import parameters
+from hybridsim.yaml_reader import ConfigError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -100,7 +101,7 @@ def make_reference(experiment: "Experiment", progress: Callable[[str, float], No
     targets = {group_name(experiment, label): experiment.solver(label) for label in experiment.labels}
     template = experiment.reference_solver()
     frames = experiment.spec.time.frames
-    even = all(n % 2 == 0 and n >= 16 for n in spec.shape)
+    halved = _half_is_possible(experiment)
     return make_frames(
         reference_recipe(experiment, targets),
         lambda grid: experiment.solver_for(spec.solver, grid.shape),
@@ -114,10 +115,22 @@ def make_reference(experiment: "Experiment", progress: Callable[[str, float], No
         targets,
         courant=COURANT if spec.cfl is None else spec.cfl,
         dt=spec.dt,
-        half=HALF if even else None,
+        half=HALF if halved else None,
         pictures=PICTURES,
         progress=progress,
     )
+
+
+def _half_is_possible(experiment: "Experiment") -> bool:
+    """Whether the reference can be run at half its resolution, for the evidence of convergence."""
+    spec = experiment.spec.reference
+    if any(n % 2 or n < 16 for n in spec.shape):
+        return False
+    try:
+        experiment.solver_for(spec.solver, [n // 2 for n in spec.shape])
+    except ConfigError:
+        return False
+    return True
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------------------

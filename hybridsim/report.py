@@ -1121,7 +1121,7 @@ def write_report(folder: Path) -> Path:
         "Bold: best of the runs that finished."
     )
     page = environment.get_template("report.html.j2").render(
-        name=str(found.summary.get("name", found.path.name)),
+        name=str(found.summary.get("title") or found.summary.get("name", found.path.name)),
         verdict=_bound(verdict(found.summary, found.config)),
         passed=all(c.get("passed") for c in checks),
         setting=_setting(found),

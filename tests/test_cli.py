@@ -186,7 +186,7 @@ def test_a_signal_ends_a_run_between_chunks(folder: Path, monkeypatch, number: i
     result = invoke("run", "case.yaml")
     assert result.exit_code == code
     assert done == [0, 1, 2]
-    assert "the state is saved, go on with --resume" in result.stderr
+    assert "what was finished is saved, go on with --resume" in result.stderr
     assert signal.getsignal(number) is before
 
 

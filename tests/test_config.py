@@ -163,7 +163,7 @@ def test_the_experiment_builds_its_objects(case: Experiment):
     assert case.equation().forcing.wavenumber == 4
     assert case.grid((8, 4)).lengths == (2 * math.pi, 2 * math.pi)
     assert case.reference_solver().grid.shape == (32, 32)
-    assert case.solver_for("finite_volume", (8, 8)).grid.shape == (8, 8)
+    assert case.solver_for("finite_volume", (12, 12)).grid.shape == (12, 12)
     assert type(case.stepper("reference")).__name__ == "ETDRK4"
     assert type(case.stepper("mine")).__name__ == "SSPRK3"
     model = case.model_for("smagorinsky", dt=0.02)

@@ -99,7 +99,7 @@ def test_warmed_up_frames_are_regenerated_bit_for_bit(monkeypatch, tmp_path):
 def test_a_fine_run_that_blows_up_says_when():
     solver = solver_of("spectral", square(8), 0.0)
     u = jnp.full((1, 2, 8, 8), jnp.nan)
-    with pytest.raises(reference.FineRunError, match="stopped being finite before t = 0"):
+    with pytest.raises(reference.FineRunError, match="blew up before t = 0"):
         reference.fine_run(solver, ETDRK4(), u, 0.1, 1, lambda _f, _u: None)
 
 
@@ -155,10 +155,10 @@ TINY = Recipe((2,), (6,), batch=2, rate=1e-2, validate_every=3)
 def _problem():
     """Trajectories of a flow with an eddy viscosity, and a model that has to learn it."""
     solver = solver_of("spectral", square(16), 5e-3, kolmogorov())
-    truth = Model(solver, ETDRK4(), 0.05, (Leith(1.0),))
+    truth = Model(solver, ETDRK4(), 0.05, (Leith(0.3),))
     run = jax.jit(lambda u: jnp.concatenate([u[None], rollout(truth, State(u), 8).u]))
     keys = reference.sample_keys(0, 3)
-    starts = [RandomVelocity(4.0, 3.0)(k, solver.grid, (solver.grid.centre,) * 2, np.float32) for k in keys]
+    starts = [RandomVelocity(4.0, 1.0)(k, solver.grid, (solver.grid.centre,) * 2, np.float32) for k in keys]
     data = np.stack([np.asarray(run(u)) for u in starts])
     return Model(solver, ETDRK4(), 0.05, (learned(0, width=4, depth=1, inputs="gradient", kernel=3),)), data
 
@@ -188,10 +188,10 @@ def test_loss_falls_and_an_interrupted_training_resumes_bit_for_bit(tmp_path):
 
     with pytest.raises(Stopped):
         _train(model, data, checkpoints=checkpoints, report=stop)
-    assert checkpoints.steps() == [3]
+    assert checkpoints.steps() == [3, 5]
     resumed_at = []
     rest = _train(model, data, checkpoints=checkpoints, resume=True, report=lambda r: resumed_at.append(r["update"]))
-    assert resumed_at == [4, 5, 6]
+    assert resumed_at == [6]
     assert [r["loss"] for r in rest.history] == [r["loss"] for r in whole.history]
     assert (rest.best_update, rest.best_score) == (whole.best_update, whole.best_score)
     pairs = list(zip(jax.tree.leaves(rest.model.closures), jax.tree.leaves(whole.model.closures), strict=True))

@@ -215,7 +215,7 @@ def test_training_writes_weights_that_the_run_takes(tmp_path, x64, console, monk
             assert np.array_equal(a.weights, b.weights)
 
     runs = json.loads(json.dumps(TRAINING["runs"]))
-    runs["learned"]["corrections"][0]["weights"] = str(folder / "learned.safetensors")
+    runs["learned"]["corrections"][0]["weights"] = "trained/learned.safetensors"
     used = experiment(tmp_path, runs=runs, checks={})
     assert run_experiment(used, folder, False, console) == 0
     assert (folder / "figures/training.png").exists()
