@@ -854,7 +854,7 @@ class Experiment:
                     raise ConfigError(f"{key_path(path)}: {str(error).removeprefix('solver.')}") from error
         places = tuple(v.at for v in solver.variables)
         try:
-            jax.eval_shape(lambda key: initial(key, solver.grid, places, self.dtype("reference")), jax.random.key(0))
+            jax.eval_shape(lambda key: initial(key, solver.grid, places, "float32"), jax.random.key(0))
         except ValueError as error:
             raise ConfigError(f"initial: {first_line(error)}") from error
 
