@@ -836,7 +836,7 @@ class Experiment:
         import jax
 
         initial, solver = self.initial(), self.reference_solver()
-        shapes = {("initial", "warm_up_shape"): getattr(initial, "warm_up_shape", None)}
+        shapes: dict[KeyPath, Any] = {("initial", "warm_up_shape"): getattr(initial, "warm_up_shape", None)}
         if self.spec.train is not None:
             shapes["train", "data", "shape"] = self.spec.train.data.shape
             trained = self.spec.runs[self.spec.train.run].shape

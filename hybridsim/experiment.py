@@ -79,10 +79,14 @@ class Result:
 
 
 def group_name(experiment: "Experiment", label: str) -> str:
-    """The name of a run's filter and grid: runs of one solver on one grid share their reference frames."""
+    """The name of a run's filter and grid: runs of one solver on one grid share their reference frames.
+
+    A solver from outside the tables may filter by its arguments, so every run of such a one has frames of its own.
+    """
     spec = experiment.spec_of(label)
     plain = "".join(c if c.isalnum() else "_" for c in spec.solver.use)
-    return f"{plain}_{'x'.join(map(str, spec.shape))}"
+    own = f"{label}_" if ":" in spec.solver.use else ""
+    return f"{own}{plain}_{'x'.join(map(str, spec.shape))}"
 
 
 def reference_recipe(experiment: "Experiment", targets: dict[str, AbstractSolver]) -> dict[str, Any]:
@@ -90,9 +94,32 @@ def reference_recipe(experiment: "Experiment", targets: dict[str, AbstractSolver
     resolved = experiment.resolved
     keep = {name: resolved[name] for name in ("equation", "domain", "initial", "samples", "reference")}
     groups = {name: [type(s).__name__, list(s.grid.shape)] for name, s in targets.items()}
+    foreign = {k: run["solver"] for k, run in resolved["runs"].items() if ":" in run["solver"]["use"]}
     files = {name: digest for name, digest in experiment.files.items() if name.endswith(".py")}
     time_keys = {name: resolved["time"][name] for name in ("end", "frames")}
-    return {**keep, "time": time_keys, "groups": groups, "courant": COURANT, "pictures": PICTURES, "files": files}
+    return {
+        **keep,
+        "time": time_keys,
+        "groups": groups,
+        "foreign": foreign,
+        "courant": COURANT,
+        "pictures": PICTURES,
+        "files": files,
+    }
+
+
+def start_recipe(experiment: "Experiment") -> dict[str, Any]:
+    """Everything that decides the states after the warm-up."""
+    resolved = experiment.resolved
+    spec = experiment.spec.reference
+    return {
+        **{name: resolved[name] for name in ("equation", "domain", "initial")},
+        "solver": resolved["reference"]["solver"],
+        "stepper": resolved["reference"]["stepper"],
+        "samples": resolved["samples"],
+        "shape": list(spec.shape),
+        "files": {name: digest for name, digest in experiment.files.items() if name.endswith(".py")},
+    }
 
 
 def make_reference(experiment: "Experiment", progress: Callable[[str, float], None]) -> Frames:
@@ -117,6 +144,7 @@ def make_reference(experiment: "Experiment", progress: Callable[[str, float], No
         dt=spec.dt,
         half=HALF if halved else None,
         pictures=PICTURES,
+        starts=start_recipe(experiment),
         progress=progress,
     )
 

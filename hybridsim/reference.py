@@ -160,6 +160,7 @@ def make_frames(
     half: str | None = None,
     pictures: int = 0,
     store_as: Any = None,
+    starts: Mapping[str, Any] | None = None,
     progress: Progress = _quiet,
 ) -> Frames:
     """A fine run from warm starts, filtered to every solver in `targets`, from the cache if its recipe is known.
@@ -173,6 +174,8 @@ def make_frames(
     - `targets`: group name -> coarse solver, whose `restrict` is the filter.
     - `half`: name of a group for the run at half the resolution from the same starts under the first target's filter: the evidence
       that the fine run has converged.
+    - `starts`: what decides the states after the warm-up; kept under a key of their own, so that another window or other coarse
+      grids need no new warm-up.
     - `pictures`: how many fine states of sample 0 are kept. `store_as`: dtype of the kept frames (default: that of the run).
     """
     import time
@@ -189,7 +192,9 @@ def make_frames(
 
     begin = time.perf_counter()
     share = 0.5 if getattr(initial, "warm_up", 0.0) > frames * interval else 0.2
-    u = warm_starts(solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("reference: warm-up", share * x))
+    u = _cached_starts(
+        starts, lambda: warm_starts(solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("warm-up", share * x)), dtype
+    )
     solver = solver_on(grid)
     kept = np.dtype(dtype if store_as is None else store_as)
     filters = {
@@ -222,6 +227,19 @@ def make_frames(
     tensors = {f"group/{name}": a for name, a in out.items()} | {"pictures": picture_array}
     storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
     return Frames(times, out, picture_array, times[picture_frames], dt, seconds)
+
+
+def _cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[], Array], dtype: Any) -> Array:
+    """The states after the warm-up, from the cache if their recipe is known."""
+    if recipe is None:
+        return make()
+    key = storage.recipe_hash({"starts": dict(recipe)}, dtype)
+    found = storage.load_cached(key)
+    if found is not None:
+        return jnp.asarray(found[0]["u"])
+    u = make()
+    storage.store_cached(key, {"u": np.asarray(u)}, {})
+    return u
 
 
 def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, how, progress) -> np.ndarray:

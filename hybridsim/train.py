@@ -348,13 +348,17 @@ def training_data(
     first = 0 if kind == "training" else data.trajectories
     keys = sample_keys(data.seed, first + count)[first:]
     resolved = experiment.resolved
-    recipe = {
+    starts = {
         **{name: resolved[name] for name in ("equation", "domain", "initial")},
         "reference": {name: resolved["reference"][name] for name in ("solver", "stepper")},
-        "target": [type(target).__name__, list(target.grid.shape)],
-        "data": [kind, data.seed, first, count, frames, data.interval, list(grid.shape), data.precision],
-        "courant": COURANT,
+        "samples": [data.seed, first, count, list(grid.shape)],
         "files": {name: digest for name, digest in experiment.files.items() if name.endswith(".py")},
+    }
+    recipe = {
+        "starts": starts,
+        "target": [type(target).__name__, list(target.grid.shape)],
+        "data": [kind, frames, data.interval, data.precision],
+        "courant": COURANT,
     }
     made = make_frames(
         recipe,
@@ -368,6 +372,7 @@ def training_data(
         frames,
         {"target": target},
         store_as=np.dtype(experiment.dtype(label)),
+        starts=starts,
         progress=lambda what, x: progress(what.replace("reference", kind), x),
     )
     return made.groups["target"]

@@ -19,7 +19,7 @@ from hybridsim.train import Recipe, TrainingDiverged, batches, relative_error, s
 # --- reference -------------------------------------------------------------------------------------------------------------------
 
 
-def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, **changed):  # noqa: B008
+def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, window=0.1, **changed):  # noqa: B008
     solver_on = lambda grid: solver_of("spectral", grid, 1e-2, kolmogorov())  # noqa: E731
     targets = {
         "spectral_12x12": solver_of("spectral", square(12), 1e-2),
@@ -28,8 +28,8 @@ def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, **changed):  # noqa: B008
     }
     options = {"half": "half", "pictures": 2} | changed
     return reference.make_frames(
-        {"seed": seed, "initial": repr(initial)}, solver_on, ETDRK4(), initial,
-        reference.sample_keys(seed, 2), square(24), np.float64, 0.1, 2, targets, **options,
+        {"seed": seed, "initial": repr(initial), "window": window}, solver_on, ETDRK4(), initial,
+        reference.sample_keys(seed, 2), square(24), np.float64, window, 2, targets, **options,
     )  # fmt: skip
 
 
@@ -101,6 +101,22 @@ def test_a_fine_run_that_blows_up_says_when():
     u = jnp.full((1, 2, 8, 8), jnp.nan)
     with pytest.raises(reference.FineRunError, match="blew up before t = 0"):
         reference.fine_run(solver, ETDRK4(), u, 0.1, 1, lambda _f, _u: None)
+
+
+@pytest.mark.usefixtures("x64")
+def test_starts_are_kept_for_other_windows(monkeypatch):
+    made = []
+    real = reference.warm_starts
+    monkeypatch.setattr(reference, "warm_starts", lambda *a: made.append(a) or real(*a))
+    initial = RandomVelocity(2.0, 1.0, warm_up=0.2)
+    first = _frames(initial, starts={"a": 1}, half=None)
+    second = _frames(initial, starts={"a": 1}, half=None, window=0.05)  # another recipe in all but the starts
+    assert len(made) == 1
+    assert not second.cached
+    third = _frames(RandomVelocity(2.0, 1.0, warm_up=0.3), starts={"a": 2}, half=None)
+    assert len(made) == 2
+    np.testing.assert_array_equal(first.groups["fine_24x24"][:, 0], second.groups["fine_24x24"][:, 0])
+    assert not np.array_equal(first.groups["fine_24x24"][:, 0], third.groups["fine_24x24"][:, 0])
 
 
 def test_samples_have_their_own_keys():
