@@ -355,6 +355,19 @@ def frames_of(
     return nested_scan(frame_body, (z, carry, step), frames, outer_levels)
 
 
+@eqx.filter_jit
+def _rolled(
+    model: Model, u: Array, carry: PyTree, step: Array, begin: Array, seed: int | Array, frames: int, every: int, levels: int
+) -> tuple[PyTree, Array, Array]:
+    """(carry, step, frames) of `rollout`; compiled once per structure, however often it is called."""
+    prepared = model.prepare(u.dtype)
+    if carry is None:
+        carry = model.init_carry(u, seed, begin)
+    z = prepared.solver.encode(u)
+    (_, carry, step), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
+    return carry, step, out
+
+
 def rollout(
     model: Model, start: State, frames: int, *, every: int = 1, checkpoint_levels: int = 0, seed: int | Array = 0
 ) -> Trajectory:
@@ -362,20 +375,14 @@ def rollout(
 
     Differentiable in `start.u` and in every array of `model`. `checkpoint_levels`: 0 stores every stage of every step; 1 recomputes
     each step in the backward pass; 2 keeps about frames + every states (2 √n of n steps where there is one frame, or one step per
-    frame), and so on. The solver's own representation is kept from step to
-    step, but a `State` holds the decoded one: going on from `final` is exact up to `encode(decode(z))`. `frames_of` carries z
-    itself.
+    frame), and so on. The solver's own representation is kept from step to step, but a `State` holds the decoded one: going on from
+    `final` is exact up to `encode(decode(z))`. `frames_of` carries z itself.
     """
     if frames < 1 or every < 1:
         raise ValueError(f"rollout: frames and every must be positive, found {frames} and {every}")
-    prepared = model.prepare(start.u.dtype)
-    if start.carry is None:
-        carry = model.init_carry(start.u, seed, start.t - start.step * model.step_time)
-    else:
-        carry = start.carry
+    begin = jnp.asarray(start.t - start.step * model.step_time, start.u.dtype)
     step = jnp.asarray(start.step)
-    z = prepared.solver.encode(start.u)
-    (z, carry, step), u = frames_of(model, prepared, z, carry, step, frames, every, checkpoint_levels)
+    carry, step, u = _rolled(model, start.u, start.carry, step, begin, seed, frames, every, checkpoint_levels)
     times = start.t + model.step_time * every * np.arange(1, frames + 1)
     final = State(u[-1], step, float(times[-1]), carry)
     return Trajectory(u, times, final, model.solver)

@@ -325,3 +325,22 @@ def test_every_float_has_the_dtype_of_the_state(kind, dtype):
     leaves = [a for a in jax.tree.leaves(out.final.carry) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert leaves
     assert all(a.dtype == dtype for a in leaves)
+
+
+class Clock(Source):
+    """s = t."""
+
+    def __call__(self, view, memory=None, key=None):
+        return jnp.ones_like(view.u) * view.t
+
+
+def test_closures_see_the_time_of_the_state():
+    solver = solver_of("spectral", square(8), 1e-2)
+    model = Model(solver, ETDRK4(), 0.125, (Clock(),))
+    start = State(jnp.zeros((2, 8, 8), jnp.float32), step=4, t=3.0)
+    out = rollout(model, start, 2)
+    np.testing.assert_allclose(out.u[:, 0].mean(axis=(1, 2)), [3 * 0.125, 3 * 0.125 + 3.125 * 0.125], rtol=1e-6)
+    np.testing.assert_allclose(out.t, [3.125, 3.25])
+    # Going on from the final state, the clock goes on too.
+    more = rollout(model, out.final, 1)
+    np.testing.assert_allclose(more.u[0, 0].mean() - out.u[1, 0].mean(), 3.25 * 0.125, rtol=1e-5)

@@ -183,7 +183,11 @@ TRAINING = {
 def test_training_writes_weights_that_the_run_takes(tmp_path, x64, console, monkeypatch):
     trained = experiment(tmp_path, **TRAINING)
     folder = tmp_path / "trained"
+    left = folder / "training/seed-0/000000000012.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("of another recipe")
     assert train_experiment(trained, folder, False, console) == 0
+    assert left.read_text() != "of another recipe"
     card = storage.read_json(folder / "learned.json")
     assert set(card["seeds"]) == {"0", "3"}
     assert card["parameters"] > 0
