@@ -39,8 +39,6 @@ from hybridsim.yaml_reader import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hybridsim.contract import AbstractClosure, AbstractSolver, AbstractStepper
     from hybridsim.grid import Grid
     from hybridsim.model import Model
@@ -489,13 +487,6 @@ class Experiment:
 
     def _path(self, label: str) -> KeyPath:
         return ("reference",) if label == "reference" else ("runs", label)
-
-    @property
-    def frame_times(self) -> "np.ndarray":
-        """The times of the frames after the start, float64: time.end · (1 … frames) / frames."""
-        import numpy as np
-
-        return self.spec.time.end * np.arange(1, self.spec.time.frames + 1) / self.spec.time.frames
 
     @property
     def statistics_from(self) -> float:

@@ -161,9 +161,6 @@ def _read_training(path: Path) -> dict[str, list[dict[str, Any]]]:
         if isinstance(found, list):
             found = {"": found}
         return {str(n): records for n, records in found.items() if isinstance(records, list) and any("loss" in r for r in records)}
-    if (path / "training.nc").is_file():
-        table = storage.open_dataset(path / "training.nc").to_dataframe().reset_index()
-        return {"": table.to_dict("records")}
     return {}
 
 
