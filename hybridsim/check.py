@@ -36,8 +36,12 @@ from hybridsim.yaml_reader import first_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHAPE, LENGTHS = (16, 12), (2 * math.pi, 1.2 * math.pi)
-"""Axes that differ in everything, so that no mistake hides behind a symmetry."""
+BOXES = {
+    1: ((16,), (22.0,)),
+    2: ((16, 12), (2 * math.pi, 1.2 * math.pi)),
+    3: ((12, 10, 8), (2 * math.pi, 1.2 * math.pi, 0.9 * math.pi)),
+}
+"""Shape and lengths by the number of dimensions: axes that differ in everything, so that no mistake hides behind a symmetry."""
 
 SPREADS = (0.1, 1.0, 10.0, 100.0)
 TIME_STEP = 1e-3
@@ -258,8 +262,15 @@ def _failure(error: Exception, file: Path | None) -> str:
     return f"{type(error).__name__}: {first_line(error)}{where}"
 
 
-def _checks_in(name: str, solver: AbstractSolver, part: Part, steppers: dict[str, Any], file: Path | None) -> list[Line]:
+def _refused(lines: list[Line]) -> bool:
+    """Whether a closure gave nothing that fits in a solver: it may be made for another number of dimensions."""
+    return lines[-1].check == "shape" and lines[-1].passed is False
+
+
+def _checks_in(name: str, solver: AbstractSolver, part: Part, file: Path | None) -> list[Line]:
     lines: list[Line] = []
+    names = {"forward_euler": "forward_euler", "default": "ssprk3" if solver.linear() is None else "etdrk4"}
+    steppers = {key: load_class(catalogue("steppers")[value])() for key, value in names.items()}
 
     def add(check: str, value: Any, limit: str, passed: bool | None) -> None:
         lines.append(Line(check, name, f"{value:.1e}" if isinstance(value, float) else str(value), limit, passed))
@@ -273,7 +284,10 @@ def _checks_in(name: str, solver: AbstractSolver, part: Part, steppers: dict[str
         return True
 
     supplied = {"dims": solver.grid.ndim, "grid": solver.grid, "variables": solver.variables, "key": jax.random.key(0)}
-    closure = blank(lambda: part.build(**supplied))
+    made: list[AbstractClosure] = []
+    if not attempt("shape", lambda: made.append(blank(lambda: part.build(**supplied)))):
+        return lines
+    closure = made[0]
     place = place_of(closure)
     if place not in solver.places:
         add("place", f"{place.__name__} is not taken", ", ".join(p.__name__ for p in solver.places), None)
@@ -343,15 +357,24 @@ def closure_lines(use: str, arguments: Sequence[str], folder: Path) -> list[Line
         path, folders = None, [folder]
     origin = find_class(use, catalogue("closures"), "closure", "check", folders)
     part = make_part(use, origin.cls, given, (origin.cls.__name__,), FROM_RUN)
-    lines: list[Line] = []
+    families: dict[str, list[list[Line]]] = {}
     for equation, table in solver_tables().items():
         physics = load_class(catalogue("equations")[equation])()
-        for name, target in table.items():
-            solver = load_class(target)(Grid(SHAPE, LENGTHS), physics)
-            steppers = {"forward_euler": "forward_euler", "default": "ssprk3" if solver.linear() is None else "etdrk4"}
-            made = {key: load_class(catalogue("steppers")[value])() for key, value in steppers.items()}
-            lines += _checks_in(name, solver, part, made, path)
-    if not any(line.check == "place" and line.passed for line in lines):
+        for dims in sorted({d for by_dims in table.values() for d in by_dims}):
+            family = f"{equation} {dims}D"
+            families[family] = [
+                _checks_in(f"{family} {name}", load_class(by_dims[dims])(Grid(*BOXES[dims]), physics), part, path)
+                for name, by_dims in sorted(table.items())
+                if dims in by_dims
+            ]
+    fits = [family for family, found in families.items() if not all(_refused(each) for each in found)]
+    lines: list[Line] = []
+    for family, found in families.items():
+        if fits and family not in fits:
+            lines.append(Line("place", family, f"not made for this family: {found[0][-1].value}", "", None))
+        else:
+            lines += [line for each in found for line in each]
+    if not any(line.check == "place" and line.passed for line in lines) and not any(line.passed is False for line in lines):
         lines.append(Line("place", "every solver", "no solver takes this place", "one", False))
     return lines
 

@@ -48,8 +48,14 @@ if TYPE_CHECKING:
 _HIDDEN = object()
 FROM_RUN = ("dims", "grid", "key", "variables")
 """Arguments of closures that the run supplies: they are not written in YAML."""
-_TABLES = {"forcing": ("hybridsim.solvers", "FORCINGS")}
+_TABLES = {
+    "forcing": ("hybridsim.solvers", "FORCINGS"),
+    "boundary_velocity": ("hybridsim.solvers", "BOUNDARY_VELOCITIES"),
+}
 """Arguments that are objects themselves: their table of short names."""
+
+_MAPPINGS = ("boundary_velocity",)
+"""Those of them that map names to such objects."""
 
 
 def _yaml_annotation(annotation: Any) -> Any:
@@ -73,6 +79,9 @@ def _yaml_annotation(annotation: Any) -> Any:
         members = [m for a in args if (m := _yaml_annotation(a)) is not _HIDDEN]
         real = [m for m in members if m is not None]
         return typing.Union[tuple(members)] if real else _HIDDEN  # noqa: UP007
+    if origin in (dict, Mapping) and args[0] is str:
+        inner = _yaml_annotation(args[1])
+        return _HIDDEN if inner is _HIDDEN else dict[str, inner]
     if origin in (list, tuple, Sequence):
         inner = [_yaml_annotation(a) for a in args if a is not Ellipsis]
         if _HIDDEN in inner or not inner:
@@ -128,10 +137,18 @@ def constructor_of(cls: type, supplied: frozenset[str]) -> Constructor:
             if required:
                 unwritable.add(name)
             continue
-        info = Field(alias=name) if required else Field(default=parameter.default, alias=name)
+        if _from_factory(parameter):
+            info = Field(default_factory=lambda: None, alias=name)
+        else:
+            info = Field(alias=name) if required else Field(default=parameter.default, alias=name)
         fields[f"argument_{len(fields)}"] = (annotation, info)
     model = create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **fields)
     return Constructor(cls, model, frozenset(taken), frozenset(nested), frozenset(unwritable))
+
+
+def _from_factory(parameter: inspect.Parameter) -> bool:
+    """Whether the default is made anew for each object (a dict, say): then the constructor is left to make it."""
+    return type(parameter.default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
 
 
 def _plain(value: Any) -> Any:
@@ -143,6 +160,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         out = [_plain(v) for v in value]
         return _HIDDEN if _HIDDEN in out else out
+    if isinstance(value, dict):
+        plain = {str(k): _plain(v) for k, v in value.items()}
+        return _HIDDEN if _HIDDEN in plain.values() else plain
     return _HIDDEN
 
 
@@ -150,7 +170,12 @@ class Part:
     """A class chosen by `use:` with checked arguments: `build` makes the object, `resolved` is its YAML."""
 
     def __init__(
-        self, use: str, constructor: Constructor, arguments: dict[str, Any], nested: "dict[str, Part | None]", path: KeyPath
+        self,
+        use: str,
+        constructor: Constructor,
+        arguments: dict[str, Any],
+        nested: "dict[str, Part | dict[str, Part] | None]",
+        path: KeyPath,
     ):
         self.use, self.constructor, self.arguments, self.nested, self.path = use, constructor, arguments, nested, path
 
@@ -161,12 +186,12 @@ class Part:
     @property
     def resolved(self) -> dict[str, Any]:
         plain = {name: v for name, value in self.arguments.items() if (v := _plain(value)) is not _HIDDEN}
-        return {"use": self.use, **plain, **{n: part and part.resolved for n, part in self.nested.items()}}
+        return {"use": self.use, **plain, **{n: _each(part, lambda p: p.resolved) for n, part in self.nested.items()}}
 
     def build(self, **supplied: Any) -> Any:
         """The object; its own refusals (`field: sentence`) carry the key path."""
         chosen = {name: value for name, value in supplied.items() if name in self.constructor.supplied}
-        inner = {name: part and part.build() for name, part in self.nested.items()}
+        inner = {name: _each(part, lambda p: p.build()) for name, part in self.nested.items()}
         try:
             return self.cls(**self.arguments, **inner, **chosen)
         except ValueError as error:
@@ -177,6 +202,11 @@ class Part:
             raise ConfigError(
                 f"{key_path(self.path)}: {self.cls.__name__} cannot be built: {first_line(error)}{_raised_at(error)}"
             ) from error
+
+
+def _each(part: "Part | dict[str, Part] | None", of: Callable[[Part], Any]) -> Any:
+    """`of` a part, or of every part of a mapping of them."""
+    return {name: of(p) for name, p in part.items()} if isinstance(part, dict) else None if part is None else of(part)
 
 
 def _raised_at(error: BaseException) -> str:
@@ -208,7 +238,7 @@ def blank(build: Callable[[], Any]) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-_FIELD = re.compile(r"(?P<field>[a-z_][a-z0-9_]*(?:\[\d+\])?(?:\.[a-z_]\w*)*): (?P<sentence>.*)\Z", re.DOTALL)
+_FIELD = re.compile(r"(?P<field>[a-z_][a-z0-9_]*(?:\[\d+\])?(?:\.[a-z_]\w*(?:\[\d+\])?)*): (?P<sentence>.*)\Z", re.DOTALL)
 
 
 def prefixed(path: KeyPath, error: BaseException, moved: Mapping[str, KeyPath] | None = None) -> str:
@@ -216,6 +246,8 @@ def prefixed(path: KeyPath, error: BaseException, moved: Mapping[str, KeyPath] |
     text = first_line(error)
     if match := _FIELD.match(text):
         field = match["field"]
+        if field.partition(".")[0] in ("equation", "domain") and "." in field:
+            return text
         if moved and field in moved:
             return f"{key_path(moved[field])}: {match['sentence']}"
         return f"{key_path(path)}.{field}: {match['sentence']}"
@@ -363,17 +395,14 @@ def load_class(target: str) -> type:
 
 
 def catalogue(kind: str) -> dict[str, str]:
-    """The literal table of one kind: `solvers`, `steppers`, `equations`, `forcings`, `initial` or `closures`."""
+    """The literal table of one kind: `steppers`, `equations`, `forcings`, `boundary_velocities`, `initial` or `closures`."""
     if kind == "closures":
         return importlib.import_module("hybridsim.corrections").CLOSURES
-    rooms = importlib.import_module("hybridsim.solvers")
-    if kind == "solvers":
-        return {name: target for table in rooms.SOLVERS.values() for name, target in table.items()}
-    return getattr(rooms, kind.upper())
+    return getattr(importlib.import_module("hybridsim.solvers"), kind.upper())
 
 
-def solver_tables() -> dict[str, dict[str, str]]:
-    """Equation → the solvers that it has."""
+def solver_tables() -> dict[str, dict[str, dict[int, str]]]:
+    """Equation → solver → number of space dimensions → class."""
     return importlib.import_module("hybridsim.solvers").SOLVERS
 
 
@@ -503,9 +532,14 @@ class Experiment:
         return max(1, min(min(r.shape) for r in self.spec.runs.values()) // 2 - 1)
 
     def cfl(self, label: str) -> float | None:
-        """The fraction of the stable time step where no dt is given."""
+        """The fraction of the stable time step where it decides: no dt is given, or the run is adaptive."""
         spec = self.spec_of(label)
-        return None if spec.dt is not None else 0.5 if spec.cfl is None else spec.cfl
+        given = spec.dt is not None and not self.adaptive(label)
+        return None if given else 0.5 if spec.cfl is None else spec.cfl
+
+    def adaptive(self, label: str) -> bool:
+        """Whether the run chooses its time step anew as the flow changes."""
+        return bool(getattr(self.spec_of(label), "adaptive", False))
 
     def dtype(self, label: str) -> str:
         return self.spec_of(label).precision
@@ -544,13 +578,22 @@ class Experiment:
         """What one section says against what another says; no class is needed for it."""
         spec = self.spec
         lengths, finest = spec.domain.lengths, spec.reference.shape
+        if spec.domain.boundaries and len(spec.domain.boundaries) != len(lengths):
+            raise ConfigError(
+                f"domain.boundaries: found {len(spec.domain.boundaries)} entries, but domain.lengths has {len(lengths)}"
+            )
+        for axis, sides in enumerate(spec.domain.sides):
+            if (sides[0] == "periodic") != (sides[1] == "periodic"):
+                raise ConfigError(
+                    f"domain.boundaries[{axis}]: an axis is periodic on both sides or on neither, found {show_value(list(sides))}"
+                )
         for label in ("reference", *spec.runs):
             run = self.spec_of(label)
             at, shape = key_path(self._path(label)), show_value(run.shape)
             if len(run.shape) != len(lengths):
                 raise ConfigError(f"{at}.shape: found {len(run.shape)} entries, but domain.lengths has {len(lengths)}")
-            if run.dt is not None and run.cfl is not None:
-                raise ConfigError(f"{at}: found both dt and cfl; remove one")
+            if run.dt is not None and run.cfl is not None and not self.adaptive(label):
+                raise ConfigError(f"{at}: found both dt and cfl; remove one, or set adaptive: true, where dt is the largest step")
             self._check_memory(label, len(lengths))
             if any(n > m for n, m in zip(run.shape, finest, strict=False)):
                 raise ConfigError(f"{at}.shape: {shape} is finer than reference.shape = {show_value(finest)}")
@@ -634,11 +677,27 @@ class Experiment:
                 self._parts[*at, "corrections", i] = self._closure_part(correction, (*at, "corrections", i))
 
     def _solver_part(self, use: Use, path: KeyPath) -> Part:
-        rooms = importlib.import_module("hybridsim.solvers")
-        table = rooms.SOLVERS.get(self.spec.equation.use)
-        if table is None:
-            table = catalogue("solvers")
+        dims = len(self.spec.domain.lengths)
+        families = self._solver_families()
+        if ":" not in use.use:
+            offered = {n: sorted(by_dims) for table in families for n, by_dims in table.items()}
+            if use.use in offered and dims not in offered[use.use]:
+                raise ConfigError(
+                    f"{key_path(path)}: {use.use!r} of {self.spec.equation.use} takes {one_of(map(str, offered[use.use]))} space "
+                    f"dimensions, but domain.lengths has {dims}"
+                )
+        table = {name: by_dims[dims] for table in families for name, by_dims in table.items() if dims in by_dims}
         return self._part(use, "solver", table, path, ("grid", "equation"))
+
+    def _solver_families(self) -> list[dict[str, dict[int, str]]]:
+        """The solvers of the equation; for one from outside the table, those of the equation that it derives from, or all."""
+        tables = solver_tables()
+        if self.spec.equation.use in tables:
+            return [tables[self.spec.equation.use]]
+        cls = self._parts["equation",].cls
+        known = catalogue("equations")
+        own = [tables[name] for name in tables if issubclass(cls, load_class(known[name]))]
+        return own or list(tables.values())
 
     def _closure_part(self, correction: Correction, path: KeyPath) -> Part:
         table = importlib.import_module("hybridsim.corrections").CLOSURES
@@ -697,7 +756,7 @@ class Experiment:
         from hybridsim.grid import Grid
 
         try:
-            return Grid(tuple(shape), tuple(self.spec.domain.lengths))
+            return Grid(tuple(shape), tuple(self.spec.domain.lengths), tuple(self.spec.domain.sides))
         except ValueError as error:
             raise ConfigError(f"{key_path(path)}: {first_line(error)}") from error
 
@@ -772,7 +831,7 @@ class Experiment:
     def model_for(self, label: str, *, dt: float | None = None, closures: "Sequence[AbstractClosure] | None" = None) -> "Model":
         """The model of a run (or of the reference): solver, stepper, closures, and the dt that lands on the frames.
 
-        A run with a cfl needs `dt`: take `steps_per_frame(label, cfl · stable_dt).dt`.
+        A run with a cfl and no dt needs `dt`: take `steps_per_frame(label, cfl · stable_dt).dt`.
         """
         from hybridsim.model import Model
 
@@ -784,7 +843,8 @@ class Experiment:
         when = when[: len(closures)] if len(when) >= len(closures) else ("step",) * len(closures)
         dt = self.steps_per_frame(label).dt if dt is None else dt
         try:
-            return Model(solver, stepper, dt, closures, when, getattr(spec, "substeps", 1))
+            courant = self.cfl(label) if self.adaptive(label) else None
+            return Model(solver, stepper, dt, closures, when, getattr(spec, "substeps", 1), courant)
         except (ValueError, TypeError) as error:
             raise ConfigError(prefixed(at, error)) from error
 
@@ -929,20 +989,16 @@ def make_part(
             f"{key_path(path)}: {cls.__name__} needs {one_of(constructor.unwritable)}, which YAML cannot write; give it a default"
         )
     given = {**(defaults or {}), **given}
-    nested: dict[str, Part | None] = {}
+    nested: dict[str, Part | dict[str, Part] | None] = {}
     for name in constructor.nested:
         value = given.pop(name, None)
-        nested[name] = None
-        if value is None:
-            continue
         at = (*path, name)
-        try:
-            use_ = Use.model_validate(value)
-        except ValidationError as error:
-            raise ConfigError(explain(error, Use, value, at)) from None
-        room, table = _TABLES[name]
-        origin = find_class(use_.use, getattr(importlib.import_module(room), table), name, key_path(at), folders)
-        nested[name] = make_part(use_.use, origin.cls, use_.arguments, at, (), folders)
+        if name not in _MAPPINGS:
+            nested[name] = None if value is None else _nested_part(name, value, at, folders)
+            continue
+        if not isinstance(value, Mapping | None):
+            raise ConfigError(f"{key_path(at)}: needs a mapping (key: value), found {show_value(value)}")
+        nested[name] = {str(key): _nested_part(name, v, (*at, str(key)), folders) for key, v in (value or {}).items()}
     for name in given:
         if name in constructor.supplied:
             raise ConfigError(f"{key_path((*path, name))}: {name!r} is supplied by the run and not written in YAML; remove it")
@@ -955,12 +1011,20 @@ def make_part(
         raise ConfigError(explain(error, constructor.model, given, path, cls.__name__)) from None
     arguments = {str(f.alias): getattr(checked, n) for n, f in constructor.model.model_fields.items()}
     signature = inspect.signature(cls)
-    factories = [
-        n
-        for n, v in arguments.items()
-        if n not in given and type(signature.parameters[n].default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
-    ]
+    factories = [n for n in arguments if n not in given and _from_factory(signature.parameters[n])]
     return Part(use, constructor, {n: v for n, v in arguments.items() if n not in factories}, nested, path)
+
+
+def _nested_part(name: str, value: Any, at: KeyPath, folders: Sequence[Path]) -> Part:
+    """An argument that is itself chosen by `use:`."""
+    try:
+        use = Use.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Use, value, at)) from None
+    room, table = _TABLES[name]
+    kind = name.replace("_", " ")
+    origin = find_class(use.use, getattr(importlib.import_module(room), table), kind, key_path(at), folders)
+    return make_part(use.use, origin.cls, use.arguments, at, (), folders)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------------
@@ -1093,7 +1157,9 @@ def _choices(table: Mapping[str, str], supplied: Iterable[str] = (), extra: Mapp
         properties = {**schema.get("properties", {}), **(extra or {})}
         for inner in constructor.nested:
             room, inner_table = _TABLES[inner]
-            properties[inner] = {"anyOf": [_choices(getattr(importlib.import_module(room), inner_table)), {"type": "null"}]}
+            choice = _choices(getattr(importlib.import_module(room), inner_table))
+            several = {"type": "object", "additionalProperties": choice}
+            properties[inner] = several if inner in _MAPPINGS else {"anyOf": [choice, {"type": "null"}]}
         options.append(
             {
                 "type": "object",
@@ -1112,7 +1178,12 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of an experiment's YAML, with the arguments of everything in the tables."""
     schema = Spec.model_json_schema()
     definitions = schema["$defs"]
-    solvers, steppers = _choices(catalogue("solvers"), ("grid", "equation")), _choices(catalogue("steppers"))
+    families = [
+        _choices({name: by_dims[dims] for name, by_dims in table.items() if dims in by_dims}, ("grid", "equation"))
+        for table in solver_tables().values()
+        for dims in sorted({d for by_dims in table.values() for d in by_dims})
+    ]
+    solvers, steppers = {"anyOf": families}, _choices(catalogue("steppers"))
     for name in ("Run", "Reference"):
         definitions[name]["properties"]["solver"] = solvers
         definitions[name]["properties"]["stepper"] = steppers

@@ -77,8 +77,7 @@ class View(eqx.Module):
 
     def centred(self) -> Float[Array, "c *grid"]:
         """All channels at the cell centres."""
-        centre = self.grid.centre
-        return jnp.stack([self.to(q, v.at, centre) for q, v in zip(self.u, self.variables, strict=True)])
+        return self.solver.centred(self.u)
 
     def to(self, array: Float[Array, "*grid"], from_: Place, to: Place) -> Float[Array, "*grid"]:
         """The array averaged from one place of the cell to another."""
@@ -177,6 +176,11 @@ class AbstractSolver(eqx.Module):
     def variables(self) -> tuple[Variable, ...]:
         """The channels of the state."""
 
+    @property
+    @abc.abstractmethod
+    def conserved(self) -> tuple[str, ...]:
+        """Names of the channels whose sums nothing but `injected` may change."""
+
     @abc.abstractmethod
     def prepare(self, dtype: Any) -> "AbstractSolver":
         """The same solver with the arrays that no step changes; once per rollout, outside the scan, inside the gradient."""
@@ -200,6 +204,14 @@ class AbstractSolver(eqx.Module):
     @abc.abstractmethod
     def restrict(self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "c *grid"]:
         """A fine state given on `grid` at the places of `variables`, under this solver's own filter, on this solver's grid."""
+
+    @abc.abstractmethod
+    def divergence(self, u: Float[Array, "c *grid"]) -> Float[Array, "*grid"] | None:
+        """∇·u by the scheme's own operator, at the cell centres; None where it need not vanish."""
+
+    @abc.abstractmethod
+    def centred(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
+        """All channels at the cell centres, boundary values included in the averages."""
 
     @abc.abstractmethod
     def flux_place(self, axis: int, channel: int) -> Place:

@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 Place = tuple[float, ...]
 """Where a value lives inside its cell, per axis: 0.5 is the centre, 1 the right face."""
 
-BOUNDARIES = ("periodic",)
+BOUNDARIES = ("periodic", "no_slip", "free_slip", "fixed", "outflow")
+"""Kinds of boundary that a grid may carry; each solver says which of them it takes."""
+
+
+def _sides(boundaries: Sequence) -> tuple[tuple[str, str], ...]:
+    """One word per axis stands for both of its sides."""
+    return tuple((b, b) if isinstance(b, str) else tuple(b) for b in boundaries)
 
 
 class Grid(eqx.Module):
@@ -25,20 +31,23 @@ class Grid(eqx.Module):
 
     - `shape`: cells per axis, each at least 2.
     - `lengths`: box lengths L per axis (the same length unit as everything else), positive.
-    - `boundaries`: per axis, only `"periodic"` so far.
+    - `boundaries`: per axis a word of `BOUNDARIES`, or a pair of words for its lower and upper side; periodic by default. Periodic
+      sides come in pairs. What a kind means is the solver's matter.
 
     >>> grid = Grid((64, 32), (6.0, 3.0))
     >>> grid.spacing
     (0.09375, 0.09375)
+    >>> Grid((64, 32), (6.0, 3.0), ("periodic", ("no_slip", "free_slip"))).periodic
+    (True, False)
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=lambda s: tuple(int(n) for n in s))
     lengths: tuple[float, ...] = eqx.field(static=True, converter=lambda s: tuple(float(x) for x in s))
-    boundaries: tuple[str, ...] = eqx.field(static=True, default=(), converter=tuple)
+    boundaries: tuple[tuple[str, str], ...] = eqx.field(static=True, default=(), converter=_sides)
 
     def __post_init__(self):
         if not self.boundaries:
-            self.boundaries = ("periodic",) * len(self.shape)
+            self.boundaries = (("periodic", "periodic"),) * len(self.shape)
 
     def __check_init__(self):
         if not 1 <= len(self.shape) <= 3:
@@ -51,13 +60,25 @@ class Grid(eqx.Module):
             raise ValueError(f"every axis needs at least 2 cells, found shape {self.shape}")
         if any(not (np.isfinite(x) and x > 0) for x in self.lengths):
             raise ValueError(f"lengths must be positive and finite, found {self.lengths}")
-        for name in self.boundaries:
-            if name not in BOUNDARIES:
-                raise ValueError(f"boundary {name!r} is not offered; possible: {', '.join(BOUNDARIES)}")
+        for sides in self.boundaries:
+            for name in sides:
+                if name not in BOUNDARIES:
+                    raise ValueError(f"boundary {name!r} is not offered; possible: {', '.join(BOUNDARIES)}")
+            if len(sides) != 2 or ("periodic" in sides and sides != ("periodic", "periodic")):
+                raise ValueError(f"boundaries {sides}: an axis has two sides, and it is periodic on both or on neither")
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def periodic(self) -> tuple[bool, ...]:
+        """Per axis, whether it is periodic."""
+        return tuple(sides[0] == "periodic" for sides in self.boundaries)
+
+    def with_shape(self, shape: Sequence[int]) -> "Grid":
+        """The same box, cut into other cells."""
+        return Grid(shape, self.lengths, self.boundaries)
 
     @property
     def spacing(self) -> tuple[float, ...]:

@@ -39,6 +39,7 @@ Length = Annotated[float, BeforeValidator(parse_length), Strict(), Field(gt=0, a
 Shape = Annotated[list[Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)]], Field(min_length=1, max_length=3)]
 Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Precision = Literal["float32", "float64"]
+Boundary = Literal["periodic", "no_slip", "free_slip", "fixed", "outflow"]
 
 
 class Section(BaseModel):
@@ -81,6 +82,18 @@ class Domain(Section):
     lengths: Annotated[list[Length], Field(min_length=1, max_length=3)] = Field(
         description="box length per axis; 2pi is understood"
     )
+    boundaries: Annotated[list[Boundary | Annotated[list[Boundary], Field(min_length=2, max_length=2)]], Field(max_length=3)] = (
+        Field(
+            default_factory=list,
+            description="per axis one kind, or [lower, upper]: periodic (default), no_slip, free_slip, fixed, outflow",
+        )
+    )
+
+    @property
+    def sides(self) -> tuple[tuple[str, str], ...]:
+        """(lower, upper) kind of boundary per axis."""
+        given = self.boundaries or ["periodic"] * len(self.lengths)
+        return tuple((b, b) if isinstance(b, str) else (b[0], b[1]) for b in given)
 
 
 class Samples(Section):
@@ -128,6 +141,10 @@ class Run(Section):
     stepper: Use | None = Field(
         default=None, description="time integrator (default: etdrk4 where there is a linear part, else ssprk3)"
     )
+    adaptive: Flag = Field(
+        default=False,
+        description="choose the time step anew as the flow changes, by cfl and at most dt; it lands on the frames all the same",
+    )
     substeps: Count = Field(default=1, description="solver steps per model step")
     precision: Precision = "float32"
     corrections: list[Correction] = Field(default_factory=list, description="closures, added up in this order")
@@ -150,6 +167,9 @@ class Checks(Section):
     drift: NotNegative | None = Field(default=None, description="largest relative change of a conserved sum")
     divergence_max: NotNegative | None = Field(default=None, description="largest |∇·u|, in U_max/Δx")
     spectrum_error: NotNegative | None = Field(default=None, description="mean |ln E/E_ref|")
+    statistics_error: NotNegative | None = Field(
+        default=None, description="largest relative difference of a long-run mean from the reference's"
+    )
     t95: NotNegative | None = Field(default=None, description="least time at which the correlation falls below .95")
     t80: NotNegative | None = Field(default=None, description="least time at which the correlation falls below .80")
     seconds_per_unit_time: NotNegative | None = Field(default=None, description="largest cost")

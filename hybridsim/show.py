@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import inspect
 import math
 import time
@@ -24,9 +23,11 @@ from hybridsim.config import (
     catalogue,
     constructor_of,
     key_path,
+    load_class,
     parse_yaml,
     shipped_experiments,
     shipped_weights,
+    solver_tables,
     suggestion,
 )
 from hybridsim.contract import Place, place_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 SOURCES = Path(__file__).resolve().parent.parent
-KINDS = ("equations", "solvers", "steppers", "forcings", "initial", "closures", "weights", "experiments")
+KINDS = ("equations", "solvers", "steppers", "forcings", "boundary_velocities", "initial", "closures", "weights", "experiments")
 
 
 def formula(cls: Any) -> str:
@@ -248,12 +249,18 @@ def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
         for name, file in shipped_weights().items():
             header = read_header(file)
             yield name, f"for {header.get('closure', '?')}", f"{header['parameters']} parameters"
+    elif kind == "solvers":
+        for equation, table in sorted(solver_tables().items()):
+            for name, by_dims in sorted(table.items()):
+                for target in dict.fromkeys(by_dims.values()):
+                    cls = load_class(target)
+                    dims = ", ".join(f"{d}D" for d, other in sorted(by_dims.items()) if other == target)
+                    arguments = [a for a in _arguments(cls) if a != "equation"]
+                    yield name, f"{equation}, {dims}: {formula(cls)}", ", ".join(arguments)
     else:
         for name, target in sorted(catalogue(kind).items()):
-            module, _, cls_name = target.partition(":")
-            cls = getattr(importlib.import_module(module), cls_name)
-            arguments = [a for a in _arguments(cls) if a != "equation"]
-            yield name, formula(cls), ", ".join(arguments)
+            cls = load_class(target)
+            yield name, formula(cls), ", ".join(_arguments(cls))
 
 
 def list_catalogue(kind: str | None, console: "Console") -> None:

@@ -266,11 +266,12 @@ def test_bad_input_is_refused_within_two_seconds(folder: Path, override: str):
 def test_list_has_a_formula_for_every_name(folder: Path):
     result = invoke("list")
     assert result.exit_code == 0
-    for kind in ("equations", "solvers", "steppers", "forcings", "initial", "closures"):
-        for name, target in config.catalogue(kind).items():
-            line = next(line for line in result.stdout.splitlines() if f"│ {name} " in line)
-            formula = " ".join((config.load_class(target).__doc__ or "").split("\n\n")[0].split())
-            assert formula in line
+    kinds = ("equations", "steppers", "forcings", "boundary_velocities", "initial", "closures")
+    named = [pair for kind in kinds for pair in config.catalogue(kind).items()]
+    solvers = [(name, t) for table in config.solver_tables().values() for name, targets in table.items() for t in targets.values()]
+    for name, target in named + solvers:
+        formula = " ".join((config.load_class(target).__doc__ or "").split("\n\n")[0].split())
+        assert any(f"│ {name} " in line and formula in line for line in result.stdout.splitlines()), name
     assert "coarse_turbulence" in result.stdout
     only = invoke("list", "steppers").stdout
     assert "ssprk3" in only
@@ -337,7 +338,7 @@ def test_check_passes_a_good_closure_in_both_solvers(folder: Path):
     result = invoke("check", "mine.py:Good")
     assert result.exit_code == 0, result.stdout
     found = lines_of(result)
-    for solver in ("finite_volume", "spectral"):
+    for solver in ("navier_stokes 2D finite_volume", "navier_stokes 2D spectral"):
         assert found["place", solver] == ("Flux", "pass")
         assert float(found["conservation, float64", solver][0]) <= 1e-14
         assert float(found["conservation, float32", solver][0]) <= 1e-7
@@ -351,7 +352,7 @@ def test_check_finds_what_is_careless(folder: Path):
     result = invoke("check", "mine.py:Careless")
     assert result.exit_code == 1
     found = lines_of(result)
-    for solver in ("finite_volume", "spectral"):
+    for solver in ("navier_stokes 2D finite_volume", "navier_stokes 2D spectral"):
         assert found["finite, at rest", solver][1] == "FAIL"
         assert found["finite, uniform flow", solver][1] == "FAIL"
         assert found["finite, random flow", solver][1] == "pass"
@@ -362,11 +363,11 @@ def test_check_finds_what_is_careless(folder: Path):
 def test_check_names_the_line_that_fails(folder: Path):
     result = invoke("check", "mine.py:Shaped")
     assert result.exit_code == 1
-    assert lines_of(result)["shape", "spectral"] == ("(2, 16, 12)", "FAIL")
+    assert lines_of(result)["shape", "navier_stokes 2D spectral"] == ("(2, 16, 12)", "FAIL")
     result = invoke("check", "mine.py:Broken")
     assert result.exit_code == 1
     line = CLOSURES.splitlines().index("        return view.nothing") + 1
-    assert f"(mine.py:{line})" in lines_of(result)["shape", "finite_volume"][0]
+    assert f"(mine.py:{line})" in lines_of(result)["shape", "navier_stokes 2D finite_volume"][0]
 
 
 def test_check_reports_a_place_that_no_solver_takes(folder: Path):
@@ -379,7 +380,7 @@ def test_check_reports_a_place_that_no_solver_takes(folder: Path):
 def test_check_only_reports_what_sources_do_to_the_sums(folder: Path, arguments: list[str]):
     result = invoke("check", *arguments)
     assert result.exit_code == 0, result.stdout
-    found, verdict = lines_of(result)["conservation, float64", "spectral"]
+    found, verdict = lines_of(result)["conservation, float64", "navier_stokes 2D spectral"]
     assert verdict == "note"
     assert float(found) > 1e-8
 

@@ -315,12 +315,92 @@ def test_the_schema_knows_every_key_and_every_short_name():
     text = json.dumps(schema)
     for key in config.Spec.model_fields:
         assert key in schema["properties"]
-    for kind in ("solvers", "steppers", "equations", "forcings", "initial", "closures"):
-        for name in config.catalogue(kind):
-            assert f'"{name}"' in text
+    kinds = ("steppers", "equations", "forcings", "boundary_velocities", "initial", "closures")
+    names = [name for kind in kinds for name in config.catalogue(kind)]
+    for name in [*names, *(n for table in config.solver_tables().values() for n in table)]:
+        assert f'"{name}"' in text
     assert '"convection"' in text
     references = set(re.findall(r'"#/\$defs/(\w+)"', text))
     assert references <= set(schema["$defs"])
+
+
+WALLS: dict[str, Any] = {
+    "equation": {
+        "use": "navier_stokes",
+        "viscosity": 0.01,
+        "scalars": {"dye": 0.001},
+        "boundary_velocity": {"y_upper": {"use": "moving", "velocity": [1.0, 0.0]}},
+    },
+    "domain": {"lengths": [1, 1], "boundaries": ["periodic", "no_slip"]},
+    "initial": "uniform",
+    "time": {"end": 1.0, "frames": 5},
+    "reference": {"solver": "finite_volume", "shape": [16, 16]},
+    "runs": {"bare": {"solver": "finite_volume", "shape": [8, 8], "dt": 0.01}},
+}
+
+
+def test_walls_and_scalars_come_from_yaml(folder: Path):
+    found = experiment_from(WALLS, folder / "walls.yaml")
+    solver = found.solver("bare")
+    assert solver.grid.boundaries == (("periodic", "periodic"), ("no_slip", "no_slip"))
+    assert [v.name for v in solver.variables] == ["u", "v", "dye"]
+    assert found.equation().scalars == {"dye": 0.001}
+    assert found.equation().boundary_velocity["y_upper"].velocity == (1.0, 0.0)
+    again = experiment_from(found.resolved, folder / "walls.yaml")
+    assert (again.resolved, again.config_hash) == (found.resolved, found.config_hash)
+
+
+def test_a_solver_is_chosen_by_the_number_of_dimensions(folder: Path):
+    box = {**WALLS, "equation": "navier_stokes", "initial": "taylor_green", "reference": {"shape": [8, 8, 8]}}
+    box |= {"domain": {"lengths": [1, 1, 1]}, "runs": {"bare": {"solver": "spectral", "shape": [8, 8, 8], "dt": 0.01}}}
+    assert type(experiment_from(box, folder / "box.yaml").solver("bare")).__name__ == "Spectral3D"
+    box |= {"domain": {"lengths": [1]}, "runs": {"bare": {"solver": "spectral", "shape": [8], "dt": 0.01}}}
+    with pytest.raises(ConfigError, match=r"reference.solver: 'spectral' of navier_stokes takes 2 and 3 space dimensions, but"):
+        experiment_from({**box, "reference": {"shape": [8]}}, folder / "box.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("domain.boundaries=[no_slip]", "domain.boundaries: found 1 entries, but domain.lengths has 2"),
+        (
+            "domain.boundaries=[periodic, noslip]",
+            "domain.boundaries[1]: needs one of 'periodic', 'no_slip', 'free_slip', 'fixed' or 'outflow' or a list, found "
+            "'noslip'; did you mean 'no_slip'?",
+        ),
+        (
+            "domain.boundaries=[periodic, [periodic, no_slip]]",
+            "domain.boundaries[1]: an axis is periodic on both sides or on neither, found ['periodic', 'no_slip']",
+        ),
+        ("equation.scalars={dye: a}", "equation.scalars.dye: needs a number, found 'a'"),
+        ("equation.scalars={dye: -1}", "equation.scalars.dye: the diffusivity must be finite and not negative, found -1.0"),
+        (
+            "equation.scalars={u: 1}",
+            "equation.scalars: 'u' cannot name a scalar; use letters and digits, and not u, v, w, p, x, y, z",
+        ),
+        ("equation.scalars=3", "equation.scalars: needs a mapping (key: value), found 3"),
+        (
+            "equation.boundary_velocity={z_upper: moving}",
+            "equation.boundary_velocity.z_upper: there is no such side; possible: x_lower, x_upper, y_lower, y_upper",
+        ),
+        (
+            "equation.boundary_velocity={y_upper: movin}",
+            "equation.boundary_velocity.y_upper: there is no boundary velocity 'movin'; did you mean 'moving'?",
+        ),
+        (
+            "equation.boundary_velocity.y_upper.omega=2",
+            "equation.boundary_velocity.y_upper.omega: Moving takes no 'omega'; it takes: angular_frequency and velocity",
+        ),
+        ("equation.boundary_velocity=[1]", "equation.boundary_velocity: needs a mapping (key: value), found [1]"),
+        ("runs.bare.solver=spectral", "runs.bare.shape: a spectral solver needs periodic boundaries"),
+    ],
+)
+def test_walls_and_scalars_are_refused_word_for_word(folder: Path, override: str, sentence: str):
+    data = copy.deepcopy(WALLS)
+    apply_override(data, override)
+    with pytest.raises(ConfigError) as error:
+        experiment_from(data, folder / "walls.yaml")
+    assert str(error.value) == sentence
 
 
 # --- what is refused, word for word ----------------------------------------------------------------------------------------------
@@ -391,7 +471,10 @@ SENTENCES = [
         "ssprk2 or ssprk3",
     ),
     ("runs.bare.stepper=rk4", "runs.bare.stepper: there is no stepper 'rk4'; did you mean 'etdrk4'?"),
-    (FINE + "dt: 0.1, cfl: 0.5}", "runs.fine: found both dt and cfl; remove one"),
+    (
+        FINE + "dt: 0.1, cfl: 0.5}",
+        "runs.fine: found both dt and cfl; remove one, or set adaptive: true, where dt is the largest step",
+    ),
     ("runs.fine={shape: [16, 16]}", "runs.fine.solver: a run needs 'solver', which is missing"),
     ("runs.fine={sovler: spectral, shape: [8, 8]}", "runs.fine.sovler: a run takes no 'sovler'; did you mean 'solver'?"),
     ("runs.fine=3", "runs.fine: there is no run 'fine'; did you mean 'mine'?"),
