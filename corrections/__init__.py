@@ -8,6 +8,7 @@ if not __name__.startswith("hybridsim."):
     raise ImportError("import hybridsim.corrections, not corrections: this folder is installed as a part of hybridsim")
 
 CLOSURES: dict[str, str] = {
+    "hyperviscosity": "hybridsim.corrections.eddy:Hyperviscosity",
     "learned_flux": "hybridsim.corrections.learned:LearnedFlux",
     "leith": "hybridsim.corrections.eddy:Leith",
     "smagorinsky": "hybridsim.corrections.eddy:Smagorinsky",

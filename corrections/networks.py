@@ -1,4 +1,7 @@
-"""(c, *grid) -> (c', *grid): bare networks, periodic, in one to three dimensions. They know no equation and no place."""
+"""(c, *grid) -> (c', *grid): bare networks in one to three dimensions. They know no equation and no place.
+
+Along an axis that is not periodic their input goes on with its outermost value.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hybridsim.convolution import periodic_convolution
+from hybridsim.convolution import convolution
 
 Activation = Literal["relu", "gelu", "tanh", "silu", "squareplus", "gated"]
 
@@ -30,7 +33,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 class Convolution(eqx.Module):
-    """y = w ∗ u + b: one periodic convolution.
+    """y = w ∗ u + b: one convolution.
 
     **Arguments:** `dims`, `channels_in`, `channels_out`, odd `kernel`, `dilation`, a random `key`; `zero` starts at w = b = 0.
     Weights start as He-normal: variance 2 / (channels_in · kernel^dims) (He et al. 2015, doi:10.1109/ICCV.2015.123, eq. 10).
@@ -57,13 +60,13 @@ class Convolution(eqx.Module):
         self.bias = jnp.zeros((channels_out,), jnp.float32)
         self.dilation = dilation
 
-    def __call__(self, u: Float[Array, "i *grid"]) -> Float[Array, "o *grid"]:
-        y = periodic_convolution(u, self.weights.astype(u.dtype), self.dilation)
+    def __call__(self, u: Float[Array, "i *grid"], periodic: tuple[bool, ...] | None = None) -> Float[Array, "o *grid"]:
+        y = convolution(u, self.weights.astype(u.dtype), self.dilation, periodic)
         return y + self.bias.astype(u.dtype).reshape(-1, *(1,) * (u.ndim - 1))
 
 
 class CNN(eqx.Module):
-    """y = W_d σ(W_{d−1} … σ(W_1 u)): a plain periodic convolutional network.
+    """y = W_d σ(W_{d−1} … σ(W_1 u)): a plain convolutional network.
 
     **Arguments:**
 
@@ -73,7 +76,8 @@ class CNN(eqx.Module):
     - `activation`: σ, one of relu, gelu, tanh, silu, squareplus ((u + √(u² + 4))/2, smooth and twice as fast as gelu on CPU; Barron
       2021, arXiv:2112.11687), gated (see `gated`; doubles the channels before it).
 
-    The last layer starts at zero, so that an untrained closure is no closure. Reach: (depth + 1)(kernel − 1)/2 cells.
+    Call it with u and, per axis, whether u is periodic (None: along all axes). The last layer starts at zero, so that an untrained
+    closure is no closure. Reach: (depth + 1)(kernel − 1)/2 cells.
     """
 
     layers: tuple[Convolution, ...]
@@ -106,7 +110,7 @@ class CNN(eqx.Module):
         )
         self.activation = activation
 
-    def __call__(self, u: Float[Array, "i *grid"]) -> Float[Array, "o *grid"]:
+    def __call__(self, u: Float[Array, "i *grid"], periodic: tuple[bool, ...] | None = None) -> Float[Array, "o *grid"]:
         for layer in self.layers[:-1]:
-            u = ACTIVATIONS[self.activation](layer(u))
-        return self.layers[-1](u)
+            u = ACTIVATIONS[self.activation](layer(u, periodic))
+        return self.layers[-1](u, periodic)

@@ -5,12 +5,13 @@ symbol L exactly or implicitly. `jax.lax.optimization_barrier` ends each stage: 
 later ones and computes them again.
 """
 
+import abc
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from hybridsim.contract import AbstractSolver, AbstractStepper, Real, Tendency
 
@@ -169,50 +170,99 @@ class CrankNicolsonRK4(AbstractStepper):
         return z
 
 
-class ETDRK4(AbstractStepper):
-    """a = e^{LΔt/2} z + Q N(z);  b = e^{LΔt/2} z + Q N(a);  c = e^{LΔt/2} a + Q (2N(b) − N(z));
-    z₁ = e^{LΔt} z + f₁ N(z) + 2 f₂ (N(a) + N(b)) + f₃ N(c).
+class _Exponential(AbstractStepper):
+    """Shared by the exponential methods: e^{LΔt}, and functions of LΔt as means over a circle in the complex plane.
 
-    Exponential time differencing, fourth order for a diagonal L that it treats exactly (Cox & Matthews 2002,
-    doi:10.1006/jcph.2002.6995, eqs. 26–29). Q, f₁, f₂, f₃ are means over a circle in the complex plane (Kassam & Trefethen 2005,
-    doi:10.1137/S1064827502410633, §2), added up point by point so that no array with an extra axis is made.
+    The means (Kassam & Trefethen 2005, doi:10.1137/S1064827502410633, §2) have none of the cancellation of the closed forms near
+    L = 0; they are added up point by point, so that no array with an extra axis is made.
     """
 
     needs_linear: ClassVar[bool] = True
-    order: ClassVar[int] = 4
-    stages: ClassVar[int] = 4
+    names: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def _exponentials(self, x: Array) -> tuple[Array, ...]:
+        """The entire exponentials among the coefficients, the first of `names`, at real x = LΔt."""
+
+    @abc.abstractmethod
+    def _functions(self, r: Array) -> tuple[Array, ...]:
+        """The others, over Δt, at complex r."""
 
     def prepare(self, solver, dt, dtype) -> PyTree:
         work = _working(dtype)
         points = 16
         step = jnp.asarray(dt, work)
         roots = np.exp(1j * np.pi * (np.arange(points) + 0.5) / points)
-
-        def leaf(symbol):
+        complex_dtype = jnp.complex128 if work == np.float64 else jnp.complex64
+        symbols, tree = jax.tree.flatten(solver.linear())
+        found = []
+        for symbol in symbols:
             x = step * jnp.asarray(symbol, work)
-            complex_dtype = jnp.complex128 if work == np.float64 else jnp.complex64
+            exponentials = self._exponentials(x)
 
-            def add(sums, root):
-                r = x + root
-                e = jnp.exp(r)
-                q = (jnp.exp(r / 2) - 1) / r
-                f1 = (-4 - r + e * (4 - 3 * r + r * r)) / r**3
-                f2 = (2 + r + e * (-2 + r)) / r**3
-                f3 = (-4 - 3 * r - r * r + e * (4 - r)) / r**3
-                return tuple(s + new.real for s, new in zip(sums, (q, f1, f2, f3), strict=True)), None
+            def add(sums, root, x=x):
+                return tuple(s + f.real for s, f in zip(sums, self._functions(x + root), strict=True)), None
 
-            zero = jnp.zeros_like(x)
-            sums, _ = jax.lax.scan(jax.checkpoint(add), (zero,) * 4, jnp.asarray(roots, complex_dtype))
-            q, f1, f2, f3 = (step * s / points for s in sums)
-            return {"e": jnp.exp(x), "e2": jnp.exp(x / 2), "q": q, "f1": f1, "f2": f2, "f3": f3}
+            zero = (jnp.zeros_like(x),) * (len(self.names) - len(exponentials))
+            sums, _ = jax.lax.scan(jax.checkpoint(add), zero, jnp.asarray(roots, complex_dtype))
+            found.append((*exponentials, *(step * s / points for s in sums)))
+        by_name = zip(self.names, zip(*found, strict=True), strict=True)
+        return {name: jax.tree.unflatten(tree, [a.astype(dtype) for a in leaves]) for name, leaves in by_name}
 
-        per_leaf = _map(leaf, solver.linear())
-        is_leaf = lambda node: isinstance(node, dict) and "e2" in node  # noqa: E731
-        names = ("e", "e2", "q", "f1", "f2", "f3")
-        return {name: jax.tree.map(lambda node: node[name].astype(dtype), per_leaf, is_leaf=is_leaf) for name in names}  # noqa: B023
+
+class ETDRK2(_Exponential):
+    """a = e^{LΔt} z + f₁ N(z);  z₁ = a + f₂ (N(a) − N(z)),  f₁ = (e^{LΔt} − 1)/L,  f₂ = (e^{LΔt} − 1 − LΔt)/(L² Δt).
+
+    Exponential time differencing, second order for a diagonal L that it treats exactly (Cox & Matthews 2002,
+    doi:10.1006/jcph.2002.6995, eqs. 20–22). Half the evaluations of `ETDRK4` in a step, and some 70 times its error at equal cost in
+    smooth flows: the choice where something else makes the step inaccurate, such as a held closure.
+    """
+
+    order: ClassVar[int] = 2
+    stages: ClassVar[int] = 2
+    names: ClassVar[tuple[str, ...]] = ("e", "f1", "f2")
+
+    def _exponentials(self, x):
+        return (jnp.exp(x),)
+
+    def _functions(self, r):
+        e = jnp.exp(r)
+        return (e - 1) / r, (e - 1 - r) / r**2
 
     def __call__(self, solver, coefficients, z, t, dt, tendency):
-        e, e2, q, f1, f2, f3 = (coefficients[name] for name in ("e", "e2", "q", "f1", "f2", "f3"))
+        e, f1, f2 = (coefficients[name] for name in self.names)
+        nz = solver.explicit(z, t, tendency)
+        a = _stage(_map(lambda e, f1, z, n: e * z + f1 * n, e, f1, z, nz))
+        na = solver.explicit(a, t + dt, tendency)
+        return _stage(_map(lambda a, f2, na, nz: a + f2 * (na - nz), a, f2, na, nz))
+
+
+class ETDRK4(_Exponential):
+    """a = e^{LΔt/2} z + Q N(z);  b = e^{LΔt/2} z + Q N(a);  c = e^{LΔt/2} a + Q (2N(b) − N(z));
+    z₁ = e^{LΔt} z + f₁ N(z) + 2 f₂ (N(a) + N(b)) + f₃ N(c).
+
+    Exponential time differencing, fourth order for a diagonal L that it treats exactly (Cox & Matthews 2002,
+    doi:10.1006/jcph.2002.6995, eqs. 26–29).
+    """
+
+    order: ClassVar[int] = 4
+    stages: ClassVar[int] = 4
+    names: ClassVar[tuple[str, ...]] = ("e", "e2", "q", "f1", "f2", "f3")
+
+    def _exponentials(self, x):
+        return jnp.exp(x), jnp.exp(x / 2)
+
+    def _functions(self, r):
+        e = jnp.exp(r)
+        return (
+            (jnp.exp(r / 2) - 1) / r,
+            (-4 - r + e * (4 - 3 * r + r * r)) / r**3,
+            (2 + r + e * (-2 + r)) / r**3,
+            (-4 - 3 * r - r * r + e * (4 - r)) / r**3,
+        )
+
+    def __call__(self, solver, coefficients, z, t, dt, tendency):
+        e, e2, q, f1, f2, f3 = (coefficients[name] for name in self.names)
         rate = lambda state, time: solver.explicit(state, time, tendency)  # noqa: E731
         middle = t + 0.5 * dt
         nz = rate(z, t)

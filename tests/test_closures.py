@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from flows import (
     BOTH,
     TWO_PI,
+    cube,
     default_stepper,
     evolve,
     kolmogorov,
     learned,
     random_flow,
+    randomised,
     relative,
     sample,
     solver_of,
@@ -22,7 +25,8 @@ from flows import (
 )
 
 from hybridsim.contract import Flux, PostStep, Source, View, place_of
-from hybridsim.corrections.eddy import Leith, Smagorinsky, filter_width
+from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky, filter_width
+from hybridsim.corrections.learned import LearnedFlux
 from hybridsim.grid import Grid
 from hybridsim.model import Model
 from hybridsim.solvers.steppers import ETDRK4, SSPRK2, SSPRK3, CrankNicolsonRK4
@@ -232,24 +236,150 @@ def test_eddy_viscosities_of_a_shear_flow(kind):
         np.testing.assert_allclose(flux[0, 1], flux[1, 0], rtol=0, atol=1e-15)
 
 
+@eqx.filter_jit
+def _rates(solver, closures, u):
+    """What each Flux closure does to u, projected, in physical space: `(closure, c, *grid)`."""
+    solver = solver.prepare(u.dtype)
+    z = solver.encode(u)
+    rates = [solver.constrain({**z, **solver.receive(closure(_view(solver, u)), None)}) for closure in closures]
+    return jnp.stack([solver.decode(rate) for rate in rates])
+
+
+EDDIES = [Smagorinsky(0.2), Hyperviscosity(0.5, 1), Hyperviscosity(0.5, 2), Hyperviscosity(0.5, 4)]
+
+
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("closure", [Smagorinsky(0.2), Leith(0.5)], ids=["smagorinsky", "leith"])
-def test_eddy_viscosities_only_remove_energy(kind, closure):
-    solver = solver_of(kind, square(16)).prepare(np.float64)
-    for seed in range(5):
-        u = solver.project(jnp.asarray(np.random.default_rng(seed).standard_normal((2, 16, 16))))
-        if kind == "spectral":
-            z = solver.encode(u)
-            rate = solver.decode({**z, **solver.receive(closure(_view(solver, u)), None)})
-        else:
-            rate = solver.receive(closure(_view(solver, u)), None)["u"]
-        assert float(jnp.vdot(u, rate)) < 0
+@pytest.mark.parametrize(
+    "grid", [square(16), Grid((15, 12), (TWO_PI, 3.0)), Grid((8, 6, 7), (TWO_PI, 3.0, 5.0))], ids=lambda g: str(g.shape)
+)
+def test_eddy_viscosities_only_remove_energy_and_scalar_variance(kind, grid):
+    solver = solver_of(kind, grid, scalars={"c": 1e-3, "e": 1e-3})
+    closures = EDDIES if grid.ndim == 3 else [*EDDIES, Leith(0.5)]
+    project = jax.jit(lambda q: solver.project(q))
+    for seed in range(3):
+        u = project(jnp.asarray(np.random.default_rng(seed).standard_normal((grid.ndim + 2, *grid.shape))))
+        rates = np.asarray(_rates(solver, closures, u))
+        work = (np.asarray(u)[None] * rates).reshape(*rates.shape[:2], -1).sum(axis=2)
+        assert (work[:, : grid.ndim].sum(axis=1) < 0).all()
+        assert (work[:, grid.ndim :] < 0).all()
+        sums = np.abs(rates.reshape(*work.shape, -1).sum(axis=2))
+        assert (sums <= 1e-12 * np.abs(rates).reshape(*work.shape, -1).sum(axis=2)).all()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_scalar_is_mixed_by_the_eddy_viscosity_over_the_schmidt_number(kind):
+    """u = sin y, c = cos 2y: F[y, c] = −(ν_t / Sc) ∂_y c with the ν_t of the flow; the velocity does not feel c."""
+    grid = square(64)
+    solver, bare = solver_of(kind, grid, 0.0, scalars={"c": 0.0}), solver_of(kind, grid, 0.0)
+    flow = (lambda x, y: np.sin(y) + 0 * x, lambda x, y: 0 * x)
+    u = sample(solver, *flow, lambda x, y: np.cos(2 * y) + 0 * x)
+    view, plain = _view(solver, u), _view(bare, sample(bare, *flow))
+    y, width = grid.mesh(view.flux_place(1, 2))[1], TWO_PI / 64
+    tolerance = 1e-12 if kind == "spectral" else 2e-2
+    for make, viscosity in (
+        (lambda sc: Smagorinsky(0.2, sc), (0.2 * width) ** 2 * np.abs(np.cos(y))),
+        (lambda sc: Leith(0.3, sc), (0.3 * width) ** 3 * np.abs(np.sin(y))),
+    ):
+        for schmidt in (0.7, 2.0):
+            flux = np.asarray(make(schmidt)(view))
+            exact = viscosity / schmidt * 2 * np.sin(2 * y)
+            assert np.sqrt(np.mean((flux[1, 2] - exact) ** 2)) <= tolerance * np.abs(exact).max()
+            np.testing.assert_allclose(flux[:, :2], make(schmidt)(plain), rtol=0, atol=1e-16)
+            assert np.abs(flux[0, 2]).max() <= 1e-14
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_hyperviscosity_damps_each_mode_as_it_says(kind):
+    """−(c U/Δ) (Σ_a (k_a Δx_a / π)²)^p, with each solver's own k, on unlike axes."""
+    grid = Grid((32, 24), (TWO_PI, 4.0))
+    solver = solver_of(kind, grid, scalars={"c": 0.0})
+    k, h = np.array([5, 3 * TWO_PI / 4]), np.array(grid.spacing)
+    wave = lambda x, y: np.cos(k[0] * x + k[1] * y + 0.2)  # noqa: E731
+    u = sample(solver, lambda x, y: 0.3 + 0 * x, lambda x, y: -0.1 + np.sin(x) + 0 * y, wave)
+    if kind == "finite_volume":
+        k = 2 / h * np.sin(k * h / 2)
+    found = np.asarray(_rates(solver, EDDIES[1:], jnp.asarray(u)))
+    for closure, rates in zip(EDDIES[1:], found, strict=True):
+        damping = 0.5 * np.sqrt(0.5) / np.sqrt(h.prod()) * np.sum((k * h / np.pi) ** 2) ** closure.order
+        np.testing.assert_allclose(rates[2], -damping * u[2], rtol=0, atol=1e-12)
+
+
+def test_hyperviscosity_keeps_to_periodic_boxes():
+    solver = solver_of("finite_volume", Grid((8, 8), (1.0, 1.0), ("periodic", "no_slip")))
+    view = _view(solver, np.random.default_rng(0).standard_normal((2, 8, 8)))
+    assert np.isfinite(Hyperviscosity(0.5, 1)(view)).all()
+    with pytest.raises(ValueError, match="order 2 and more needs periodic boundaries"):
+        Hyperviscosity(0.5, 2)(view)
 
 
 def test_constants_are_checked():
-    for make in (lambda: Smagorinsky(-0.1), lambda: Leith(float("nan"))):
+    for make in (lambda: Smagorinsky(-0.1), lambda: Leith(float("nan")), lambda: Hyperviscosity(-1.0)):
         with pytest.raises(ValueError, match="must be finite and not negative"):
             make()
+    for make in (lambda: Smagorinsky(0.1, 0.0), lambda: Leith(0.1, -1.0)):
+        with pytest.raises(ValueError, match="schmidt: must be positive and finite"):
+            make()
+    with pytest.raises(ValueError, match="order: needs a positive whole number, found 0"):
+        Hyperviscosity(0.1, 0)
+
+
+# --- learned fluxes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("inputs", ["velocity", "gradient"])
+@pytest.mark.parametrize("grid", [square(12), cube(8)], ids=["2d", "3d"])
+def test_a_learned_flux_serves_passive_scalars(kind, inputs, grid):
+    solver = solver_of(kind, grid, scalars={"c": 1e-3, "e": 1e-3})
+    u = random_flow(solver, 3, modes=2, mean=(0.2,))
+    options = {"dims": grid.ndim, "inputs": inputs, "scalar_scale": 2.0, "velocity_scale": 0.5}
+    closure = learned(2, 0.3, variables=solver.variables, dtype=np.float64, **options)
+    assert closure.scalars == ("c", "e")
+
+    @eqx.filter_jit
+    def flux(closure, u):
+        return closure(_view(solver, u))
+
+    out = np.asarray(flux(closure, u))
+    assert out.shape == (grid.ndim, grid.ndim + 2, *grid.shape)
+    assert all(np.abs(q).max() > 1e-4 for row in out for q in row)
+    # twice the scalars seen in twice the unit: the same stress, and twice the scalar fluxes
+    doubled = u.copy()
+    doubled[grid.ndim :] *= 2
+    other = eqx.tree_at(
+        lambda c: c.network, learned(2, 0.3, variables=solver.variables, **{**options, "scalar_scale": 4.0}), closure.network
+    )
+    again = np.asarray(flux(other, doubled))
+    np.testing.assert_allclose(again[:, : grid.ndim], out[:, : grid.ndim], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(again[:, grid.ndim :], 2 * out[:, grid.ndim :], rtol=1e-12, atol=1e-12)
+    rate = np.asarray(_rates(solver, [closure], jnp.asarray(u)))[0]
+    assert np.abs(rate.reshape(len(rate), -1).sum(axis=1)).max() <= 1e-11 * np.abs(rate).sum()
+    assert np.abs(rate[grid.ndim :]).max() > 1e-3
+
+
+def test_without_scalars_the_learned_flux_is_what_it_was():
+    """The network of weights that were trained before scalars were known: the same shapes, in the same order."""
+    made = [
+        LearnedFlux(width=4, depth=1, variables=v, key=jax.random.key(0))
+        for v in (None, solver_of("spectral", square(8)).variables)
+    ]
+    for closure in made:
+        assert closure.scalars == ()
+        shapes = [a.shape for a in jax.tree.leaves(eqx.filter(closure, eqx.is_array))]
+        assert shapes == [(4, 2, 3, 3), (4,), (3, 4, 3, 3), (3,)]
+
+
+def test_a_learned_flux_is_refused_where_the_channels_are_others():
+    solver, other = solver_of("spectral", square(8), scalars={"c": 0.0}), solver_of("spectral", square(8))
+    u = np.zeros((3, 8, 8))
+    with pytest.raises(ValueError, match="LearnedFlux: made for u, v; found u, v, c"):
+        randomised(learned(0))(_view(solver, u))
+    with pytest.raises(ValueError, match="LearnedFlux: made for u, v, c; found u, v"):
+        learned(0, variables=solver.variables)(_view(other, u[:2]))
+    with pytest.raises(ValueError, match="needs velocity channels; this solver has c, no u"):
+        learned(0, variables=solver.variables[2:])
+    with pytest.raises(ValueError, match="scalar_scale: must be positive"):
+        learned(0, scalar_scale=0.0)
 
 
 # --- consistency -----------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from flows import EXPLICIT, STEPPERS, evolve, kolmogorov, random_flow, solver_of
 from hybridsim.contract import Source
 from hybridsim.grid import Grid
 from hybridsim.model import Model
-from hybridsim.solvers.steppers import ETDRK4, SSPRK2, SSPRK3, CrankNicolsonRK4, ForwardEuler
+from hybridsim.solvers.steppers import ETDRK2, ETDRK4, SSPRK2, SSPRK3, CrankNicolsonRK4, ForwardEuler
 
 pytestmark = pytest.mark.usefixtures("x64")
+
+EVERY = (*(s for s in STEPPERS if s is not ETDRK2), ETDRK2)
 
 
 class Waves(Source):
@@ -37,6 +39,7 @@ CASES = [
     ("spectral", SSPRK2(), 2, (40, 80, 160)),
     ("spectral", SSPRK3(), 3, (20, 40, 80)),
     ("spectral", CrankNicolsonRK4(), 4, (10, 20, 40)),
+    ("spectral", ETDRK2(), 2, (40, 80, 160)),
     ("spectral", ETDRK4(), 4, (10, 20, 40)),
     ("finite_volume", ForwardEuler(), 1, (80, 160, 320)),
     ("finite_volume", SSPRK2(), 2, (40, 80, 160)),
@@ -62,11 +65,21 @@ def test_crank_nicolson_is_second_order_where_the_linear_part_dominates():
     assert abs(rates[-1] - 2) <= 0.15
 
 
-def test_etdrk4_keeps_its_order_where_the_linear_part_dominates():
+@pytest.mark.parametrize(("stepper", "counts"), [(ETDRK2(), (20, 40, 80)), (ETDRK4(), (10, 20, 40))], ids=["etdrk2", "etdrk4"])
+def test_exponential_steppers_keep_their_order_where_the_linear_part_dominates(stepper, counts):
     solver = solver_of("spectral", square(12), 0.1, kolmogorov(1.0, 0.1, 2))
-    rates, errors = _rates(solver, ETDRK4(), (10, 20, 40))
+    rates, errors = _rates(solver, stepper, counts)
     print(rates, errors)
-    assert abs(rates[-1] - 4) <= 0.15
+    assert abs(rates[-1] - stepper.order) <= 0.15
+
+
+def test_exponential_steppers_are_exact_where_nothing_but_the_linear_part_acts():
+    """A shear flow without a force: u = sin 2y decays as exp(−4νt), at any step."""
+    solver = solver_of("spectral", square(12), 0.3)
+    u = np.stack([np.sin(2 * solver.grid.mesh()[1]), np.zeros((12, 12))])
+    for stepper in (ETDRK2(), ETDRK4()):
+        np.testing.assert_allclose(evolve(solver, stepper, u, 2.0, 3), np.exp(-4 * 0.3 * 6) * u, rtol=0, atol=1e-16)
+    assert np.abs(evolve(solver, CrankNicolsonRK4(), u, 2.0, 3) - np.exp(-4 * 0.3 * 6) * u).max() > 1e-6
 
 
 def test_a_held_closure_is_first_order():
@@ -77,16 +90,16 @@ def test_a_held_closure_is_first_order():
     assert abs(np.log2(errors[1] / errors[2]) - 1) <= 0.15
 
 
-def _coefficients(symbol, dt, dtype=np.float64):
+def _coefficients(stepper, symbol, dt, dtype=np.float64):
     class One(eqx.Module):
         def linear(self):
             return {"z": np.array([symbol])}
 
-    return ETDRK4().prepare(One(), dt, dtype)
+    return stepper.prepare(One(), dt, dtype)
 
 
-@pytest.mark.parametrize("x", [0.0, -1e-9, -1e-4, -0.3, -2.0, -40.0, -3000.0])
-def test_etdrk4_coefficients_equal_their_closed_forms(x):
+@pytest.mark.parametrize("x", [0.0, -1e-9, 1e-4, -1e-4, 0.3, -0.3, -2.0, -40.0, -3000.0])
+def test_exponential_coefficients_equal_their_closed_forms(x):
     from fractions import Fraction
 
     # phi functions by their series in exact arithmetic where these converge fast, by the closed form elsewhere
@@ -99,16 +112,22 @@ def test_etdrk4_coefficients_equal_their_closed_forms(x):
         phi = [e, (e - 1) / x, (e - 1 - x) / x**2, (e - 1 - x - x**2 / 2) / x**3]
         half = (np.exp(x / 2) - 1) / x
     dt = 0.5
-    found = _coefficients(x / dt, dt)
     expected = {
-        "e": phi[0],
-        "q": dt * half,
-        "f1": dt * (phi[1] - 3 * phi[2] + 4 * phi[3]),
-        "f2": dt * (phi[2] - 2 * phi[3]),
-        "f3": dt * (4 * phi[3] - phi[2]),
+        ETDRK2(): {"e": phi[0], "f1": dt * phi[1], "f2": dt * phi[2]},
+        ETDRK4(): {
+            "e": phi[0],
+            "e2": np.exp(x / 2),
+            "q": dt * half,
+            "f1": dt * (phi[1] - 3 * phi[2] + 4 * phi[3]),
+            "f2": dt * (phi[2] - 2 * phi[3]),
+            "f3": dt * (4 * phi[3] - phi[2]),
+        },
     }
-    for name, value in expected.items():
-        assert float(found[name]["z"][0]) == pytest.approx(float(value), rel=1e-12, abs=1e-16), name
+    for stepper, values in expected.items():
+        found = _coefficients(stepper, x / dt, dt)
+        assert set(found) == set(values)
+        for name, value in values.items():
+            assert float(found[name]["z"][0]) == pytest.approx(float(value), rel=1e-12, abs=1e-16), name
 
 
 def _factorial(n):
@@ -116,13 +135,14 @@ def _factorial(n):
 
 
 def test_single_precision_coefficients_are_those_of_double_rounded():
-    single, double = (_coefficients(-0.37, 0.01, dtype) for dtype in (np.float32, np.float64))
-    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(double), strict=True):
-        assert a.dtype == np.float32
-        np.testing.assert_array_equal(a, b.astype(np.float32))
+    for stepper in (ETDRK2(), ETDRK4()):
+        single, double = (_coefficients(stepper, -0.37, 0.01, dtype) for dtype in (np.float32, np.float64))
+        for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(double), strict=True):
+            assert a.dtype == np.float32
+            np.testing.assert_array_equal(a, b.astype(np.float32))
 
 
-@pytest.mark.parametrize("stepper", STEPPERS, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("stepper", EVERY, ids=lambda s: s.__name__)
 def test_steppers_that_need_a_linear_part_are_refused_by_name(stepper):
     solver = solver_of("finite_volume", Grid((8, 8), (1.0, 1.0)))
     if stepper in EXPLICIT:
@@ -133,7 +153,7 @@ def test_steppers_that_need_a_linear_part_are_refused_by_name(stepper):
 
 
 def test_stages_tell_how_often_the_right_hand_side_is_called():
-    for stepper in STEPPERS:
+    for stepper in EVERY:
         if stepper is CrankNicolsonRK4:  # a scan: its body is traced once
             continue
         solver = solver_of("spectral", square(8)).prepare(np.float64)
