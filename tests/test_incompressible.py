@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 from flows import (
     BOTH,
+    PRECISION,
     TWO_PI,
     Push,
+    alignment,
+    bare_rate,
     default_stepper,
+    divergence,
     evolve,
     kolmogorov,
     learned,
+    ledger_sum,
     random_flow,
     relative,
     sample,
@@ -20,9 +25,9 @@ from flows import (
     square,
     steps,
     taylor_green,
+    worst_step,
 )
 
-from hybridsim.contract import Flux, View
 from hybridsim.corrections.eddy import Leith, Smagorinsky
 from hybridsim.grid import Grid
 from hybridsim.model import Model
@@ -176,17 +181,6 @@ def test_a_step_commutes_with_swapped_axes_mirrors_and_shifts(kind, options, clo
 # --- invariants ------------------------------------------------------------------------------------------------------------------
 
 
-def _bare_rate(solver, u):
-    """(u, N(u)) in physical space, N projected, without viscosity."""
-    z = solver.encode(jnp.asarray(u))
-    rate = solver.constrain(solver.explicit(z, jnp.zeros(()), lambda q, t: None))
-    return np.asarray(solver.decode(z)), np.asarray(solver.decode(rate))
-
-
-def _alignment(a, b):
-    return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
 def _noise(grid, seed=0):
     return np.random.default_rng(seed).standard_normal((2, *grid.shape))
 
@@ -203,8 +197,8 @@ def test_spectral_two_thirds_conserves_energy_and_enstrophy_in_space(grid):
     for dealias in ("two_thirds", "none"):
         solver = solver_of("spectral", grid, 0.0, dealias=dealias).prepare(np.float64)
         noise = np.fft.irfft2(np.fft.rfft2(_noise(grid)) * (kept if dealias == "two_thirds" else 1), s=grid.shape)
-        u, rate = _bare_rate(solver, noise)
-        found[dealias] = _alignment(u, rate), _alignment(_vorticity(solver, u), _vorticity(solver, rate))
+        u, rate = bare_rate(solver, noise)
+        found[dealias] = alignment(u, rate), alignment(_vorticity(solver, u), _vorticity(solver, rate))
     assert max(map(abs, found["two_thirds"])) <= 1e-14
     assert min(map(abs, found["none"])) > 1e-4  # negative control: aliasing breaks both
 
@@ -214,7 +208,7 @@ def test_central_finite_volume_conserves_energy_in_space(grid):
     found = {}
     for convection in ("central", "van_leer"):
         solver = solver_of("finite_volume", grid, 0.0, convection=convection).prepare(np.float64)
-        found[convection] = _alignment(*_bare_rate(solver, _noise(grid)))
+        found[convection] = alignment(*bare_rate(solver, _noise(grid)))
     assert abs(found["central"]) <= 1e-14
     assert found["van_leer"] < -1e-2  # negative control: the limiter takes energy
 
@@ -241,55 +235,6 @@ def test_halving_dt_divides_the_energy_drift_by_the_order(kind, options, stepper
 
 # --- conserved sums and divergence -----------------------------------------------------------------------------------------------
 
-# drift in one step; drift after n steps over √n; divergence. In single precision the mean flow alone is rounded by up to 6e-8.
-PRECISION = {np.float64: (1e-13, 1e-13, 1e-11), np.float32: (1e-7, 5e-8, 1e-4)}
-
-
-def _divergence(solver, u):
-    """max |∇·u| by the scheme's own operator, in U/Δx, in double precision."""
-    terms = []
-    for a, (q, variable) in enumerate(zip(u, solver.variables, strict=True)):
-        terms.append(np.asarray(solver.derivative(jnp.asarray(q, jnp.float64), variable.at, a)[0]))
-    return np.abs(sum(terms)).max() / (np.abs(u).max() / min(solver.grid.spacing))
-
-
-def _ledger_sum(ledger):
-    return np.asarray(ledger[0], np.float64) + np.asarray(ledger[1], np.float64)
-
-
-def _worst(model, frames, ledger, wild=False):
-    """Largest drift of a sum in one step, over Σ|u| + Δt/Δx Σ|F|, and largest divergence, up to the first non-finite step."""
-    solver, dt = model.solver, model.dt
-    drift = divergence = 0.0
-    double = frames.astype(np.float64)
-    injected = np.concatenate([np.zeros((1, 2)), _ledger_sum(ledger)])
-    taken = 0
-    for i in range(len(frames) - 1):
-        if not np.isfinite(double[i + 1]).all():
-            break
-        taken += 1
-        known = (injected[i + 1] - injected[i]) * solver.grid.cells
-        change = np.abs((double[i + 1] - double[i]).sum(axis=(1, 2)) - known)
-        flux = np.asarray(_flux_sum(model, jnp.asarray(frames[i])), np.float64)
-        scale = np.abs(double[i]).sum(axis=(1, 2)) + dt / min(solver.grid.spacing) * flux
-        if wild:  # the fluxes of later stages are those of what the first one left
-            scale = np.maximum(scale, np.abs(double[i + 1]).sum(axis=(1, 2)))
-        drift = max(drift, (change / scale).max())
-        divergence = max(divergence, _divergence(solver, frames[i + 1]))
-    return drift, divergence, taken
-
-
-@eqx.filter_jit
-def _flux_sum(model, u):
-    """Σ|F| per channel, of convection and closures, at u."""
-    solver = model.solver
-    total = jnp.stack([sum(jnp.abs(a * c).sum() for a in u) for c in u])
-    view = View(u, jnp.zeros((), u.dtype), jnp.asarray(model.dt, u.dtype), solver.prepare(u.dtype))
-    for closure in model.closures:
-        if isinstance(closure, Flux):
-            total = total + jnp.abs(closure(view).astype(u.dtype)).sum(axis=(0, 2, 3))
-    return total
-
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=["float64", "float32"])
 @pytest.mark.parametrize("kind", BOTH)
@@ -302,19 +247,19 @@ def test_momentum_and_divergence_in_a_forced_flow(kind, dtype, case):
     frames, ledger = steps(model, u, 30)
     frames = np.asarray(frames)
     assert frames.dtype == dtype
-    drift, divergence, taken = _worst(model, frames, ledger)
-    print(kind, dtype.__name__, case, "drift", drift, "divergence", divergence)
+    drift, most, taken = worst_step(model, frames, ledger)
+    print(kind, dtype.__name__, case, "drift", drift, "divergence", most)
     limit, limit_root, limit_divergence = PRECISION[dtype]
     assert taken == 30
     assert drift <= limit
     double = frames.astype(np.float64)
-    change = np.abs((double - double[0]).sum(axis=(2, 3))[1:] - solver.grid.cells * _ledger_sum(ledger))
+    change = np.abs((double - double[0]).sum(axis=(2, 3))[1:] - solver.grid.cells * ledger_sum(ledger))
     steady = change / np.abs(double[0]).sum(axis=(1, 2)) / np.sqrt(np.arange(1, 31))[:, None]
     print("accumulated, over √steps", steady.max())
     assert steady.max() <= limit_root
-    assert divergence <= limit_divergence
+    assert most <= limit_divergence
     # the force and the drag have been at work, and the ledger tells
-    assert np.abs(_ledger_sum(ledger)[-1]).max() > 1e-3
+    assert np.abs(ledger_sum(ledger)[-1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=["float64", "float32"])
@@ -330,9 +275,9 @@ def test_flux_closures_keep_momentum_for_any_weights(kind, dtype):
                 closure = learned(seed, std, symmetric=symmetric, dtype=dtype)
                 model = Model(solver, default_stepper(kind), 0.01, (closure,))
                 frames, ledger = steps(model, u, 6)
-                drift, divergence, taken = _worst(model, np.asarray(frames), ledger, wild=True)
+                drift, most, taken = worst_step(model, np.asarray(frames), ledger, wild=True)
                 stopped += taken < 6
-                worst, worst_divergence = max(worst, drift), max(worst_divergence, divergence)
+                worst, worst_divergence = max(worst, drift), max(worst_divergence, most)
                 assert std > 1 or taken > 0
     print(kind, dtype.__name__, "random weights: drift", worst, "divergence", worst_divergence, "blown up", stopped)
     limit, _, limit_divergence = PRECISION[dtype]
@@ -345,17 +290,17 @@ def test_a_source_closure_breaks_the_sums(kind):
     solver = solver_of(kind, square(12), 1e-3)
     model = Model(solver, default_stepper(kind), 0.01, (Push(1.0),))
     frames, ledger = steps(model, random_flow(solver, 1), 5)
-    drift, divergence, _ = _worst(model, np.asarray(frames), ledger)
+    drift, most, _ = worst_step(model, np.asarray(frames), ledger)
     assert drift > 1e-3
-    assert divergence <= 1e-11
+    assert most <= 1e-11
 
 
 def test_the_divergence_check_sees_divergence():
     for kind in BOTH:
         solver = solver_of(kind, square(12)).prepare(np.float64)
         u = _noise(solver.grid)
-        assert _divergence(solver, u) > 0.1
-        assert _divergence(solver, np.asarray(solver.project(jnp.asarray(u)))) <= 1e-13
+        assert divergence(solver, u) > 0.1
+        assert divergence(solver, np.asarray(solver.project(jnp.asarray(u)))) <= 1e-13
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -364,7 +309,7 @@ def test_projection_is_orthogonal_and_idempotent(kind):
     u = jnp.asarray(_noise(solver.grid))
     once = solver.project(u)
     assert relative(solver.project(once), once) <= 1e-13
-    assert abs(_alignment(np.asarray(once), np.asarray(u - once))) <= 1e-14
+    assert abs(alignment(np.asarray(once), np.asarray(u - once))) <= 1e-14
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +325,7 @@ def test_restriction_to_the_staggered_grid_keeps_the_divergence_zero(fine_kind, 
     u = np.asarray(fine.prepare(np.float64).project(jnp.asarray(_noise(fine.grid))))
     out = np.asarray(solver.restrict(jnp.asarray(u), fine.grid, fine.variables))
     assert out.shape == (2, *coarse)
-    assert _divergence(solver, out) <= 1e-12
+    assert divergence(solver, out) <= 1e-12
     assert np.allclose(out.mean(axis=(1, 2)), u.mean(axis=(1, 2)), rtol=0, atol=1e-14)
 
 
