@@ -2,11 +2,11 @@
 
 The arrangement is that of Harlow & Welch 1965, doi:10.1063/1.1761178.
 
-Velocity component a lives at the right face of axis a. The flux of component c along axis a lives at the flux point `at_c + ½ e_a`
-folded into (0, 1]: the cell centre if a = c, the edge between the two faces otherwise.
+Velocity component a lives at the right face of axis a, a scalar at the cell centre. The flux of channel c along axis a lives at the
+flux point `at_c + ½ e_a` folded into (0, 1]: the cell centre if a = c, a face for a scalar, otherwise the edge between two faces.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
-from hybridsim.grid import Grid, face_mean, resample
-from hybridsim.solvers.incompressible import NavierStokes
+from hybridsim.grid import Grid, Place, cell_mean, face_mean, resample
+from hybridsim.solvers.incompressible import AXES, SIDES, NavierStokes
+from hybridsim.solvers.poisson import Poisson
+from hybridsim.solvers.walls import HALO, boundary_velocity, check_walls, fixed_velocities, padded, side_name, value_on_side
 
 Convection = Literal["van_leer", "central"]
 
@@ -34,27 +36,47 @@ def limited_slope(below: Float[Array, "*grid"], above: Float[Array, "*grid"]) ->
     return jnp.where(product > 0, 2 * product / safe, 0)
 
 
-class StaggeredFiniteVolume(AbstractSolver):
-    """∂t u_c = −Σ_a δ_a (ū_a û_c − ν δ_a u_c) − δ_c p + f_c,  Σ_a δ_a u_a = 0.
+def _part(q: Array, start: int, stop: int, axis: int) -> Array:
+    return jax.lax.slice_in_dim(q, start, stop, axis=axis)
 
-    Finite-volume Navier–Stokes on the staggered grid, periodic, second order in space; direct projection by Fourier transforms
-    with the eigenvalues of the discrete Laplacian.
+
+def _is_zero(value: float | Array) -> bool:
+    """Whether a coefficient is known to vanish before anything is traced."""
+    return isinstance(value, float) and value == 0
+
+
+class StaggeredFiniteVolume(AbstractSolver):
+    """∂t u_c = −Σ_a δ_a (ū_a û_c − ν δ_a u_c) − δ_c p + f_c,  Σ_a δ_a u_a = 0,  ∂t c = −Σ_a δ_a (u_a ĉ − κ δ_a c).
+
+    Finite-volume Navier–Stokes with passive scalars on the staggered grid, second order in space, in two and three dimensions;
+    direct projection by the eigenvectors of the discrete Laplacian.
 
     **Arguments:**
 
-    - `grid`: a periodic `Grid`.
-    - `equation`: `NavierStokes(viscosity, forcing)`.
+    - `grid`: a `Grid`; each of its axes is periodic, or has two sides of these kinds:
+        - `no_slip`: u = U_wall, which slides along itself as `equation.boundary_velocity` says (at rest if that says nothing);
+        - `free_slip`: no flow through the side, no shear stress on it;
+        - `fixed`: the velocity that `equation.boundary_velocity` gives, an inflow for example. Without an outflow side, what flows
+          in through all fixed sides flows out through them: more than 1 % amiss is refused, less is spread over them;
+        - `outflow`, upper sides only: no normal gradient of u, p = 0 on the side.
+    - `equation`: `NavierStokes(viscosity, forcing, scalars, boundary_velocity)`.
     - `convection`: `van_leer` (upwind with the harmonic limiter; default) or `central` (conserves kinetic energy exactly in
       space without viscosity).
 
-    Order 2 (1 at extrema with the limiter). Momentum and, by projection, ∇·u = 0 hold to rounding with any Flux closure. Central
-    convection rings where the cell Reynolds number is large.
+    The last face of the velocity normal to a wall or `fixed` side lies on that side: it holds the side's own velocity, whatever
+    forces and closures say there. At `outflow` it moves with the flow. Scalars have no gradient normal to any side, so that nothing
+    passes a wall, and what enters through a `fixed` side carries the value of the first cell: a uniform scalar stays uniform.
+
+    Order 2 (1 at extrema with the limiter). Momentum (periodic boxes), sums of scalars (no fluid through any side) and, by
+    projection, ∇·u = 0 hold to rounding with any Flux closure: its fluxes through walls and open sides count as zero. Central
+    convection rings where the cell Reynolds number is large. Backflow through `outflow` brings in what is just inside; strong
+    vortices that leave can make that unstable: put the side further downstream.
     """
 
     grid: Grid
     equation: NavierStokes
     convection: Convection = eqx.field(static=True, default="van_leer")
-    arrays: dict[str, Array] | None = None
+    arrays: dict[str, Any] | None = None
 
     places: ClassVar = (Flux, Source, PostStep)
 
@@ -64,108 +86,228 @@ class StaggeredFiniteVolume(AbstractSolver):
         if min(self.grid.shape) < 4:
             raise ValueError(f"grid: a finite-volume solver needs at least 4 cells per axis, found {self.grid.shape}")
         self.equation.check_grid(self.grid)
+        check_walls(self.equation, self.grid, self._places)
 
     @property
     def variables(self) -> tuple[Variable, ...]:
-        return self.equation.velocity(self._places)
+        return self.equation.variables(self._places, self.grid.centre)
 
     @property
-    def _places(self):
+    def _places(self) -> tuple[Place, ...]:
+        """Of the velocity components."""
         return tuple(tuple(1.0 if b == a else 0.5 for b in range(self.grid.ndim)) for a in range(self.grid.ndim))
+
+    def _place(self, channel: int) -> Place:
+        return self._places[channel] if channel < self.grid.ndim else self.grid.centre
 
     # -- arrays that no step changes --------------------------------------------------------------------------------------------
 
     def prepare(self, dtype) -> "StaggeredFiniteVolume":
-        eigenvalues = np.zeros(())
-        for k, h in zip(self.grid.wavenumbers(), self.grid.spacing, strict=True):
-            eigenvalues = eigenvalues - (2 / h * np.sin(k * h / 2)) ** 2
-        inverse = np.where(eigenvalues < 0, 1 / np.where(eigenvalues < 0, eigenvalues, 1.0), 0.0)
-        arrays = {"inverse_laplacian": jnp.asarray(inverse, dtype)}
-        if self.equation.forcing is not None:
+        arrays: dict[str, Any] = {"poisson": Poisson(self.grid, dtype)}
+        arrays["normal"] = fixed_velocities(self.equation, self.grid, self._places, dtype)
+        if self.equation.forcing is not None and self.equation.forcing.has_acceleration:
             arrays["force"] = self.equation.forcing.acceleration(self.grid, self._places, dtype)
         return eqx.tree_at(lambda s: s.arrays, self, arrays, is_leaf=lambda a: a is None)
 
-    def _arrays(self, dtype) -> dict[str, Array]:
+    def _arrays(self, dtype) -> dict[str, Any]:
         arrays = self.arrays if self.arrays is not None else self.prepare(dtype).arrays
         assert arrays is not None
         return arrays
 
+    # -- sides ------------------------------------------------------------------------------------------------------------------
+
+    def _normal(self, dtype) -> dict[str, Array]:
+        if self.arrays is None:
+            return fixed_velocities(self.equation, self.grid, self._places, dtype)
+        return self.arrays["normal"]
+
+    def _side(self, q: Array, axis: int, side: int) -> Array:
+        """The normal velocity on a side of `axis` that is no outflow; one entry along `axis`."""
+        given = self._normal(q.dtype).get(side_name(axis, side))
+        return jnp.zeros_like(_part(q, 0, 1, axis)) if given is None else given
+
+    def _on_upper_side(self, axis: int) -> Array:
+        """Which entries lie on the upper side, if they live on faces of `axis`."""
+        return jax.lax.broadcasted_iota(jnp.int32, self.grid.shape, axis) == self.grid.shape[axis] - 1
+
+    def _with_sides(self, q: Array, axis: int) -> Array:
+        """Velocity component `axis` with the value that its upper side prescribes."""
+        if self.grid.boundaries[axis][1] in ("periodic", "outflow"):
+            return q
+        return jnp.where(self._on_upper_side(axis), jnp.broadcast_to(self._side(q, axis, 1), q.shape), q)
+
+    def _still_on_sides(self, rate: Float[Array, "c *grid"], outflow: bool) -> Float[Array, "c *grid"]:
+        """Zero rates of normal velocities on upper sides; at `outflow` only if told so."""
+        fixed = [a for a, s in enumerate(self.grid.boundaries) if s[1] != "periodic" and (outflow or s[1] != "outflow")]
+        if not fixed:
+            return rate
+        return jnp.stack([jnp.where(self._on_upper_side(c), 0, q) if c in fixed else q for c, q in enumerate(rate)])
+
+    def _below(self, q: Array, axis: int) -> Array:
+        """u_{i−1} of velocity component `axis`, the lower side included."""
+        if self.grid.periodic[axis]:
+            return shift(q, -1, axis)
+        return jnp.concatenate([self._side(q, axis, 0), _part(q, 0, q.shape[axis] - 1, axis)], axis)
+
     # -- representation ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, u: Float[Array, "d *grid"]) -> PyTree:
+    def encode(self, u: Float[Array, "c *grid"]) -> PyTree:
         return {"u": self.project(u), "injected": jnp.zeros((u.shape[0],), u.dtype)}
 
-    def decode(self, z: PyTree) -> Float[Array, "d *grid"]:
+    def decode(self, z: PyTree) -> Float[Array, "c *grid"]:
         return z["u"]
 
     def constrain(self, z: PyTree) -> PyTree:
         return {**z, "u": self.project(z["u"])}
 
-    def divergence(self, u: Float[Array, "d *grid"]) -> Float[Array, "*grid"]:
+    def divergence(self, u: Float[Array, "c *grid"]) -> Float[Array, "*grid"]:
         """Σ_a (u_{a,i} − u_{a,i−1}) / Δx_a at the cell centres."""
-        total = jnp.zeros_like(u[0])
-        for a, (q, h) in enumerate(zip(u, self.grid.spacing, strict=True)):
-            total = total + (q - shift(q, -1, a)) / h
+        return self._divergence(list(u))
+
+    def _divergence(self, channels: list[Array]) -> Array:
+        total = jnp.zeros_like(channels[0])
+        for a, (q, h) in enumerate(zip(channels, self.grid.spacing, strict=False)):
+            total = total + (q - self._below(q, a)) / h
         return total
 
-    def project(self, u: Float[Array, "d *grid"]) -> Float[Array, "d *grid"]:
-        """u − δφ with δ·δφ = δ·u: the orthogonal projection onto discretely divergence-free fields."""
-        hat = jnp.fft.rfftn(self.divergence(u)) * self._arrays(u.dtype)["inverse_laplacian"]
-        phi = jnp.fft.irfftn(hat, s=self.grid.shape)
-        return jnp.stack([q - (shift(phi, 1, a) - phi) / h for a, (q, h) in enumerate(zip(u, self.grid.spacing, strict=True))])
+    def project(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
+        """u − δφ with δ·δφ = δ·u: the orthogonal projection onto discretely divergence-free fields with the sides' own normal
+        velocities (a face at outflow, with half a cell to its name, counts half)."""
+        d = self.grid.ndim
+        velocity = [self._with_sides(q, a) for a, q in enumerate(u[:d])]
+        phi = self._arrays(u.dtype)["poisson"](self._divergence(velocity))
+        return jnp.stack([*(q - self._pressure_gradient(phi, a) for a, q in enumerate(velocity)), *u[d:]])
 
-    def restrict(self, u: Float[Array, "d *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "d *grid"]:
-        """Exact means over the coarse faces: sums of fine fluxes, so that δ·u stays zero.
+    def _pressure_gradient(self, phi: Array, axis: int) -> Array:
+        """δ_axis φ at the faces: zero on walls; at outflow φ = 0 halfway to the next centre."""
+        if self.grid.periodic[axis]:
+            above = shift(phi, 1, axis)
+        else:
+            n = phi.shape[axis]
+            last = _part(phi, n - 1, n, axis)
+            above = jnp.concatenate([_part(phi, 1, n, axis), -last if self.grid.boundaries[axis][1] == "outflow" else last], axis)
+        return (above - phi) / self.grid.spacing[axis]
 
-        From a staggered grid that this one divides these are block means; from cell-centred values they are the face means of the
+    def restrict(self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "c *grid"]:
+        """Exact means over the coarse faces (scalars: cells): sums of fine fluxes, so that δ·u stays zero.
+
+        From a staggered grid that this one divides these are block means; from other periodic states they are the means of the
         trigonometric interpolant (phase shift to the face, times sinc(k Δx/2) along it).
         """
         if not np.allclose(grid.lengths, self.grid.lengths, rtol=1e-12):
             raise ValueError(f"the fine and the coarse grid must span the same box, found {grid.lengths} and {self.grid.lengths}")
+        if grid.boundaries != self.grid.boundaries:
+            raise ValueError(
+                f"the fine and the coarse grid must have the same boundaries, found {grid.boundaries} and {self.grid.boundaries}"
+            )
+        dims = self.grid.ndim
+        nested = all(n % m == 0 for n, m in zip(grid.shape, self.grid.shape, strict=True))
+        staggered = all(v.at == at for v, at in zip(variables, self._places, strict=False))
+        if nested and staggered:
+            factors = tuple(n // m for n, m in zip(grid.shape, self.grid.shape, strict=True))
+            return jnp.stack([face_mean(q, factors, c) if c < dims else cell_mean(q, factors) for c, q in enumerate(u)])
+        if not all(self.grid.periodic):
+            raise ValueError(
+                f"between walls a state on {grid.shape} cells can only be restricted to a staggered grid whose shape divides it, "
+                f"found {self.grid.shape}"
+            )
         out = []
-        for a, (q, fine) in enumerate(zip(u, variables, strict=True)):
-            at = self._places[a]
-            if fine.at == at and all(n % m == 0 for n, m in zip(grid.shape, self.grid.shape, strict=True)):
-                out.append(face_mean(q, tuple(n // m for n, m in zip(grid.shape, self.grid.shape, strict=True)), a))
-            else:
-                across = tuple(b != a for b in range(self.grid.ndim))
-                out.append(resample(q, self.grid.shape, fine.at, at, average=across, alias=True))
+        for c, (q, fine) in enumerate(zip(u, variables, strict=True)):
+            across = tuple(b != c for b in range(dims))
+            out.append(resample(q, self.grid.shape, fine.at, self._place(c), average=across, alias=True))
+        return jnp.stack(out)
+
+    @property
+    def conserved(self) -> tuple[str, ...]:
+        """Scalars, where no fluid passes a side; velocities along periodic axes, where nothing but `free_slip` stands elsewhere."""
+        kinds = {kind for sides in self.grid.boundaries for kind in sides}
+        names = []
+        for c, variable in enumerate(self.variables):
+            along = c >= self.grid.ndim or self.grid.periodic[c]
+            allowed = {"periodic", "free_slip"} if c < self.grid.ndim else {"periodic", "free_slip", "no_slip"}
+            if along and kinds <= allowed:
+                names.append(variable.name)
+        return tuple(names)
+
+    def centred(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
+        out = []
+        for c, q in enumerate(u):
+            if c < self.grid.ndim:
+                q = self._with_sides(q, c)
+                q = 0.5 * (q + self._below(q, c))
+            out.append(q)
         return jnp.stack(out)
 
     # -- what closures see ------------------------------------------------------------------------------------------------------
 
     def flux_place(self, axis: int, channel: int):
-        return self.grid.flux_place(self._places[channel], axis)
+        return self.grid.flux_place(self._place(channel), axis)
+
+    def _faces_around(self, array: Array, axis: int) -> tuple[Array, Array]:
+        """(f_{i−1}, f_i): the faces below and above each cell. Those on a side of the box count as their inner neighbours: the
+        lower one is not stored, and both sides are to be treated alike."""
+        if self.grid.periodic[axis]:
+            return shift(array, -1, axis), array
+        n = array.shape[axis]
+        inner = _part(array, 0, n - 1, axis)
+        lower = jnp.concatenate([_part(array, 0, 1, axis), inner], axis)
+        upper = jnp.concatenate([inner, _part(array, n - 2, n - 1, axis)], axis)
+        return lower, upper
+
+    def _cells_around(self, array: Array, axis: int) -> tuple[Array, Array]:
+        """(q_i, q_{i+1}): the cells below and above each face; a face on the upper side sees its only cell twice."""
+        if self.grid.periodic[axis]:
+            return array, shift(array, 1, axis)
+        n = array.shape[axis]
+        return array, jnp.concatenate([_part(array, 1, n, axis), _part(array, n - 1, n, axis)], axis)
 
     def move(self, array, from_, to):
+        """Means of the two neighbours along each axis that differs; next to walls and open sides, of those that are inside."""
         for axis, (a, b) in enumerate(zip(from_, to, strict=True)):
             if a != b:
-                array = 0.5 * (array + shift(array, 1 if b > a else -1, axis))
+                below, above = (self._cells_around if b > a else self._faces_around)(array, axis)
+                array = 0.5 * (below + above)
         return array
 
     def derivative(self, array, at, axis):
-        h = self.grid.spacing[axis]
-        step = (array - shift(array, -1, axis)) if at[axis] == 1 else (shift(array, 1, axis) - array)
-        return step / h, self.grid.flux_place(at, axis)
+        """Differences of neighbours; a cell or face at a wall or open side takes the difference of its inner neighbour."""
+        n, h = self.grid.shape[axis], self.grid.spacing[axis]
+        below, above = (self._faces_around if at[axis] == 1 else self._cells_around)(array, axis)
+        slope = (above - below) / h
+        if not self.grid.periodic[axis]:
+            parts = [_part(slope, 1, n - 1, axis), _part(slope, n - 2, n - 1, axis)]
+            parts = [_part(slope, 1, 2, axis) if at[axis] == 1 else _part(slope, 0, 1, axis), *parts]
+            slope = jnp.concatenate(parts, axis)
+        return slope, self.grid.flux_place(at, axis)
 
     def _difference(self, q: Array, axis: int, channel: int) -> Array:
-        """∂_axis of component `channel`, at its flux point."""
-        return self.derivative(q, self._places[channel], axis)[0]
+        """∂_axis of a channel of the state, at its flux point."""
+        if axis == channel:
+            q = self._with_sides(q, axis)
+            return (q - self._below(q, axis)) / self.grid.spacing[axis]
+        return self.derivative(q, self._place(channel), axis)[0]
 
-    def gradient(self, u: Float[Array, "d *grid"]) -> Float[Array, "d d *grid"]:
+    def gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "d c *grid"]:
         dims = range(self.grid.ndim)
-        return jnp.stack([jnp.stack([self._difference(u[c], a, c) for c in dims]) for a in dims])
+        return jnp.stack([jnp.stack([self._difference(q, a, c) for c, q in enumerate(u)]) for a in dims])
 
-    def flux_divergence(self, flux: Float[Array, "d d *grid"]) -> Float[Array, "d *grid"]:
-        """Σ_a δ_a F[a, c] at the faces of component c."""
+    def flux_divergence(self, flux: Float[Array, "d c *grid"]) -> Float[Array, "c *grid"]:
+        """Σ_a δ_a F[a, c] where channel c lives, for fluxes that vanish on walls and open sides."""
         out = []
-        for c in range(self.grid.ndim):
+        for c in range(flux.shape[1]):
             terms = []
             for a, h in enumerate(self.grid.spacing):
                 f = flux[a][c]
-                terms.append(((shift(f, 1, a) - f) if a == c else (f - shift(f, -1, a))) / h)
+                if a == c:
+                    below, above = self._cells_around(f, a)
+                elif self.grid.periodic[a]:
+                    below, above = shift(f, -1, a), f
+                else:
+                    inner, zero = _part(f, 0, f.shape[a] - 1, a), jnp.zeros_like(_part(f, 0, 1, a))
+                    below, above = jnp.concatenate([zero, inner], a), jnp.concatenate([inner, zero], a)
+                terms.append((above - below) / h)
             out.append(sum(terms[1:], terms[0]))
-        return jnp.stack(out)
+        return self._still_on_sides(jnp.stack(out), outflow=True)
 
     # -- right-hand side --------------------------------------------------------------------------------------------------------
 
@@ -181,54 +323,79 @@ class StaggeredFiniteVolume(AbstractSolver):
         half = 0.5 * limited_slope(jump, beyond)
         return jnp.where(upwards, left + half, right - half)
 
-    def _flux_divergence_of(self, u: Float[Array, "d *grid"], viscosity: Array) -> Float[Array, "d *grid"]:
+    def _flux_divergence_of(self, u: Float[Array, "c *grid"], t: Array) -> Float[Array, "c *grid"]:
         """Σ_a δ_a (ū_a û_c − ν δ_a u_c), from one padded copy of u so that every shift is a slice that XLA fuses.
 
-        Along each axis n + 1 fluxes are computed, the first and the last from the same numbers: periodic sums cancel exactly.
+        Along each axis n + 1 fluxes are computed; in periodic boxes the first and the last come from the same numbers, and sums
+        cancel exactly. On `fixed` sides the value carried is the side's own.
         """
-        halo = 2
-        padded = u
-        for axis in range(1, u.ndim):
-            n = u.shape[axis]
-            below = jax.lax.slice_in_dim(padded, n - halo, n, axis=axis)
-            above = jax.lax.slice_in_dim(padded, 0, halo, axis=axis)
-            padded = jnp.concatenate([below, padded, above], axis=axis)
+        d = self.grid.ndim
+        around = padded(u, self.equation, self.grid, self._places, self._normal(u.dtype), t)
+        diffusivities = [*[self.equation.viscosity] * d, *self.equation.scalars.values()]
         out = []
-        for c in range(self.grid.ndim):
+        for c, diffusivity in enumerate(diffusivities):
+            diffusivity = jnp.asarray(diffusivity, u.dtype)
             total = None
             for a, (n, h) in enumerate(zip(self.grid.shape, self.grid.spacing, strict=True)):
 
                 def window(offset: int, component: int = c, axis: int = a, aside: int = 0, across: int = c) -> Array:
                     """Values `offset` cells along `axis` from the right neighbour of fluxes 0 … n, `aside` cells along `across`."""
-                    start = [halo] * self.grid.ndim
+                    start = [HALO] * d
                     size = list(self.grid.shape)
                     start[axis] += offset
                     size[axis] += 1
-                    start[across] += aside
-                    return jax.lax.slice(padded[component], start, [i + m for i, m in zip(start, size, strict=True)])
+                    if aside:
+                        start[across] += aside
+                    return jax.lax.slice(around[component], start, [i + m for i, m in zip(start, size, strict=True)])
 
                 left, right = window(-1), window(0)
                 jump = right - left
-                carrier = 0.5 * (left + right) if a == c else 0.5 * (window(-1, a) + window(-1, a, aside=1))
-                flux = carrier * self._face_value(window, carrier, left, right, jump) - (viscosity / h) * jump
+                if a == c:
+                    carrier = 0.5 * (left + right)
+                elif c < d:
+                    carrier = 0.5 * (window(-1, a) + window(-1, a, aside=1))
+                else:
+                    carrier = window(-1, a)
+                value = self._face_value(window, carrier, left, right, jump)
+                for side, kind in enumerate(self.grid.boundaries[a]):
+                    if kind == "fixed" and a != c and c < d:
+                        on_side = jax.lax.broadcasted_iota(jnp.int32, value.shape, a) == side * n
+                        given = value_on_side(left, right, window(1)) if side == 0 else value_on_side(right, left, window(-2))
+                        value = jnp.where(on_side, given, value)
+                flux = carrier * value - (diffusivity / h) * jump
                 # Each flux serves two cells; without the barrier XLA on CPU computes it twice.
                 flux = jax.lax.optimization_barrier(flux)
-                upper = jax.lax.slice_in_dim(flux, 1, n + 1, axis=a)
-                term = (upper - jax.lax.slice_in_dim(flux, 0, n, axis=a)) / h
+                term = (_part(flux, 1, n + 1, a) - _part(flux, 0, n, a)) / h
                 total = term if total is None else total + term
             out.append(total)
         return jnp.stack(out)
 
+    def _force(self, u: Float[Array, "d *grid"], t: Array) -> Float[Array, "d *grid"]:
+        """f at the faces."""
+        forcing = self.equation.forcing
+        assert forcing is not None
+        force = self._arrays(u.dtype)["force"] if forcing.has_acceleration else jnp.zeros_like(u)
+        if not _is_zero(forcing.drag):
+            force = force - jnp.asarray(forcing.drag, u.dtype) * u
+        axes = tuple(range(1, u.ndim))
+        if not _is_zero(forcing.growth):
+            mean = self.centred(u).mean(axis=axes, keepdims=True)
+            force = force + jnp.asarray(forcing.growth, u.dtype) * (u - jnp.broadcast_to(mean, u.shape))
+        if forcing.has_band:
+            hat = forcing.band_force(jnp.fft.rfftn(u, axes=axes), t, self.grid, self._places)
+            force = force + jnp.fft.irfftn(hat, s=self.grid.shape, axes=axes)
+        return self._still_on_sides(force, outflow=False)
+
     def explicit(self, z, t, tendency):
-        u = z["u"]
-        arrays = self._arrays(u.dtype)
-        viscosity = jnp.asarray(self.equation.viscosity, u.dtype)
-        rate = -self._flux_divergence_of(u, viscosity)
+        u, d = z["u"], self.grid.ndim
+        time = jnp.asarray(t, u.dtype)
+        rate = -self._flux_divergence_of(u, time)
         injected = jnp.zeros_like(z["injected"])
         if self.equation.forcing is not None:
-            force = arrays["force"] - jnp.asarray(self.equation.drag, u.dtype) * u
-            rate = rate + force
-            injected = force.mean(axis=tuple(range(1, u.ndim)))
+            force = self._force(u[:d], time)
+            rate = rate + force if u.shape[0] == d else jnp.concatenate([rate[:d] + force, rate[d:]])
+            injected = jnp.concatenate([force.mean(axis=tuple(range(1, u.ndim))), injected[d:]])
+        rate = self._still_on_sides(rate, outflow=False)
         extra = tendency(z, t)
         if extra is not None:
             rate = rate + extra["u"]
@@ -237,6 +404,7 @@ class StaggeredFiniteVolume(AbstractSolver):
     def receive(self, flux, source):
         rate = None if flux is None else -self.flux_divergence(flux)
         if source is not None:
+            source = self._still_on_sides(source, outflow=True)
             rate = source if rate is None else rate + source
         return {"u": rate}
 
@@ -244,7 +412,21 @@ class StaggeredFiniteVolume(AbstractSolver):
         return {**z, "injected": jnp.zeros_like(z["injected"])}, z["injected"]
 
     def stable_dt(self, u):
-        """1 / (max Σ_a |u_a| / Δx_a + 2 ν Σ_a 1/Δx_a²): advection and explicit diffusion at Courant number 1."""
-        advection = sum(jnp.abs(q) / h for q, h in zip(u, self.grid.spacing, strict=True))
-        diffusion = 2 * jnp.asarray(self.equation.viscosity, u.dtype) * sum(1 / h**2 for h in self.grid.spacing)
-        return 1 / jnp.maximum(jnp.max(advection) + diffusion, jnp.finfo(u.dtype).tiny)
+        """1 / (max Σ_a |u_a| / Δx_a + 2 max(ν, κ) Σ_a w_a/Δx_a²): advection and explicit diffusion at Courant number 1.
+
+        Walls and inflows count with their velocity at t = 0. w = 2/√3 along axes with a `no_slip` or `fixed` side, where the
+        largest eigenvalue of diffusion is 8/√3 instead of 4 in units of ν/Δx², and 1 otherwise.
+        """
+        spacing = self.grid.spacing
+        advection = jnp.max(sum(jnp.abs(q) / h for q, h in zip(u, spacing, strict=False)))
+        for name in self.equation.boundary_velocity:
+            axis, side = AXES.index(name[0]), SIDES.index(name[2:])
+            start = jnp.zeros((), u.dtype)
+            on_side = [boundary_velocity(self.equation, self.grid, axis, side, c, at, start) for c, at in enumerate(self._places)]
+            advection = jnp.maximum(advection, sum(jnp.max(jnp.abs(q)) / h for q, h in zip(on_side, spacing, strict=True)))
+        diffusivity = jnp.asarray(self.equation.viscosity, u.dtype)
+        for value in self.equation.scalars.values():
+            diffusivity = jnp.maximum(diffusivity, jnp.asarray(value, u.dtype))
+        weights = [2 / 3**0.5 if {"no_slip", "fixed"} & set(sides) else 1.0 for sides in self.grid.boundaries]
+        diffusion = 2 * diffusivity * sum(w / h**2 for w, h in zip(weights, spacing, strict=True))
+        return 1 / jnp.maximum(advection + diffusion, jnp.finfo(u.dtype).tiny)
