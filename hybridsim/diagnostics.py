@@ -3,21 +3,29 @@
 Everything here runs on the host, in float64, on whole arrays of frames: the last axes are space, before them stands the channel,
 and any axes in front (sample, time) are carried along. A frame that is not finite gives NaN, and a correlation of zero.
 
-The state's `Variable`s say which channels are velocities (`u`, `v`, `w`) and where in the cell each one lives.
+The state's `Variable`s say which channels are velocities (`u`, `v`, `w`) and where in the cell each one lives; all others are
+scalars. In periodic boxes derivatives are spectral. Between walls, where there are no Fourier modes, they are differences of the
+velocities that `AbstractSolver.centred` gives, and there are no spectra.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
-from hybridsim.contract import Variable
+from hybridsim.contract import AbstractSolver, Variable
 from hybridsim.grid import Grid, Place
 
 AXES = ("x", "y", "z")
 VELOCITIES = ("u", "v", "w")
+PIECE = 2**22
+"""Values that are transformed at a time: three-dimensional frames do not fit in memory together with their transforms."""
 
 
 def _float64(u: ArrayLike) -> np.ndarray:
@@ -41,12 +49,36 @@ def _below_nyquist(grid: Grid) -> np.ndarray:
     return keep
 
 
+def _finite_frames(u: np.ndarray, grid: Grid) -> np.ndarray:
+    """The frames `(…, c, *grid)`, those that are not finite filled with NaN: sums over them are then NaN, and not sometimes ∞."""
+    if np.isfinite(u).all():
+        return u
+    good = np.isfinite(u).all(axis=tuple(range(-min(grid.ndim + 1, u.ndim), 0)), keepdims=True)
+    return np.where(good, u, np.nan)
+
+
 def _check(u: np.ndarray, grid: Grid, channels: int | None = None) -> None:
     lead = u.ndim - grid.ndim
     if lead < (0 if channels is None else 1) or u.shape[lead:] != grid.shape:
         raise ValueError(f"frames of shape {u.shape} do not end with the grid's shape {grid.shape}")
     if channels is not None and u.shape[lead - 1] != channels:
         raise ValueError(f"frames of shape {u.shape} have {u.shape[lead - 1]} channels; the variables name {channels}")
+
+
+def in_pieces(function: Callable[..., np.ndarray], grid: Grid, *frames: np.ndarray) -> np.ndarray:
+    """A function of frames `(n, c, *grid)`, one result each: `(…, c, *grid)` -> `(…, *result)`, a few frames at a time."""
+    lead = frames[0].shape[: -grid.ndim - 1]
+    flat = [a.reshape(-1, *a.shape[-grid.ndim - 1 :]) for a in frames]
+    size = max(1, PIECE // max(1, flat[0][0].size))
+    parts = [function(*(a[i : i + size] for a in flat)) for i in range(0, len(flat[0]), size)]
+    found = np.concatenate([np.asarray(part) for part in parts])
+    return found.reshape((*lead, *found.shape[1:]))
+
+
+def _by_solver(function: Callable[[jax.Array], jax.Array], u: np.ndarray, grid: Grid) -> np.ndarray:
+    """A solver's own function of one state `(c, *grid)`, for every frame of `(…, c, *grid)`."""
+    compiled = eqx.filter_jit(lambda frames: jax.lax.map(function, frames))
+    return in_pieces(lambda piece: np.asarray(compiled(jnp.asarray(piece)), np.float64), grid, u)
 
 
 def velocity_channels(grid: Grid, variables: Sequence[Variable]) -> tuple[int, ...]:
@@ -64,7 +96,7 @@ def velocity(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.ndar
     u = _float64(u)
     _check(u, grid, len(variables))
     channels = velocity_channels(grid, variables)
-    return np.take(u, channels, axis=u.ndim - grid.ndim - 1)
+    return np.take(_finite_frames(u, grid), channels, axis=u.ndim - grid.ndim - 1)
 
 
 def _centred_spectrum(u: np.ndarray, grid: Grid, places: Sequence[Place]) -> np.ndarray:
@@ -82,6 +114,42 @@ def _centred_spectrum(u: np.ndarray, grid: Grid, places: Sequence[Place]) -> np.
 # Spectra
 
 
+@lru_cache(maxsize=16)
+def _shell_layout(shape: tuple[int, ...], lengths: tuple[float, ...]) -> tuple[np.ndarray, ...]:
+    """Order of the modes by shell, where each shell starts, which shells there are, and how often each mode counts."""
+    grid = Grid(shape, lengths)
+    index = _mode_indices(grid)
+    radius = sum((n * (max(lengths) / length)) ** 2 for n, length in zip(index, lengths, strict=True))
+    # a mode on the edge of a shell belongs to the upper one, whatever the ratio of the lengths is rounded to
+    shell = np.floor(np.sqrt(radius) * (1 + 1e-12) + 0.5).astype(np.int64).reshape(-1)
+    # rfftn holds one of each conjugate pair, except on the planes n = 0 and n = N/2, which hold both
+    pairs = np.where((index[-1] == 0) | (2 * index[-1] == shape[-1]), 1.0, 2.0)
+    order = np.argsort(shell, kind="stable")
+    present, starts = np.unique(shell[order], return_index=True)
+    return order, starts, present, pairs
+
+
+def shell_sum(density: ArrayLike, grid: Grid) -> np.ndarray:
+    """Σ d(k) over all modes with (n−½) k₀ ≤ |k| < (n+½) k₀, k₀ = 2π / max L: `(…, *rfft)` -> `(…, shells)`.
+
+    What shell spectra of any quadratic quantity are made of. `density`: real, in the layout of `rfftn` (last axis halved), equal
+    for k and −k; the conjugate modes that the layout leaves out are counted. Shell 0 (the mean) and the corners are kept. The sum
+    over the shells is the sum over all modes to rounding (pairwise summation).
+
+    >>> grid = Grid((8, 8), (2 * np.pi, 2 * np.pi))
+    >>> u = np.cos(2 * grid.mesh()[0])
+    >>> shell_sum(np.abs(np.fft.rfft2(u) / grid.cells) ** 2, grid).round(12)
+    array([0. , 0. , 0.5, 0. , 0. , 0. , 0. ])
+    """
+    order, starts, present, pairs = _shell_layout(grid.shape, grid.lengths)
+    weighted = _float64(density) * pairs
+    lead = weighted.shape[: weighted.ndim - grid.ndim]
+    weighted = weighted.reshape(*lead, -1)[..., order]
+    total = np.zeros((*lead, int(present[-1]) + 1))
+    total[..., present] = np.add.reduceat(weighted, starts, axis=-1)
+    return total
+
+
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def shell_spectrum(u: ArrayLike, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """E(n) = (1/k₀) Σ ½|û(k)|² over (n-½) k₀ ≤ |k| < (n+½) k₀, with k₀ = 2π / max L, so that Σ E(n) k₀ = ½⟨|u|²⟩.
@@ -90,24 +158,12 @@ def shell_spectrum(u: ArrayLike, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     times length. Shell 0 (the mean) and the corners beyond the last complete shell are kept, so nothing is lost. The places of
     the values do not matter: a shift changes phases only.
     """
-    u = _float64(u)
+    u = _finite_frames(_float64(u), grid)
     _check(u, grid, u.shape[-grid.ndim - 1] if u.ndim > grid.ndim else 1)
-    longest = max(grid.lengths)
-    radius = sum((index * (longest / length)) ** 2 for index, length in zip(_mode_indices(grid), grid.lengths, strict=True))
-    shell = np.floor(np.sqrt(radius) + 0.5).astype(np.int64)
-    shells = int(shell.max()) + 1
-    last = _mode_indices(grid)[-1]
-    # rfftn holds one of each conjugate pair, except on the planes n = 0 and n = N/2, which hold both
-    pairs = np.where((last == 0) | (2 * last == grid.shape[-1]), 1.0, 2.0)
-
     spectrum = np.fft.rfftn(u, axes=_space(grid))
-    weight = 0.5 * pairs / (grid.cells**2) * longest / (2 * np.pi)
-    energy = ((spectrum.real**2 + spectrum.imag**2).sum(axis=-grid.ndim - 1)) * weight
-    batch = energy.shape[: energy.ndim - grid.ndim]
-    energy = energy.reshape(-1, shell.size)
-    slots = np.arange(len(energy))[:, None] * shells + shell.reshape(-1)
-    total = np.bincount(slots.reshape(-1), weights=energy.reshape(-1), minlength=len(energy) * shells)
-    return np.arange(shells), total.reshape(*batch, shells)
+    density = (spectrum.real**2 + spectrum.imag**2).sum(axis=-grid.ndim - 1)
+    total = shell_sum(density, grid) * (0.5 / grid.cells**2 * max(grid.lengths) / (2 * np.pi))
+    return np.arange(total.shape[-1]), total
 
 
 def time_mean_spectrum(
@@ -117,13 +173,14 @@ def time_mean_spectrum(
 
     NaN for a sample with a frame in the window that is not finite.
     """
-    times = _float64(times)
-    u = velocity(u, grid, variables)
+    times, u = _float64(times), np.asarray(u)
+    _check(u, grid, len(variables))
     window = times >= (times[0] if start is None else start - 1e-9 * max(1.0, abs(start)))
     if not window.any():
         raise ValueError(f"no frame at or after t = {start}; the last one is at t = {times[-1]}")
-    n, spectrum = shell_spectrum(np.compress(window, u, axis=u.ndim - grid.ndim - 2), grid)
-    return n, spectrum.mean(axis=-2)
+    frames = np.compress(window, u, axis=u.ndim - grid.ndim - 2)
+    spectrum = in_pieces(lambda piece: shell_spectrum(velocity(piece, grid, variables), grid)[1], grid, frames)
+    return np.arange(spectrum.shape[-1]), spectrum.mean(axis=-2)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -138,7 +195,8 @@ def spectrum_error(
 
     `spectrum`, `reference`: `(…, shells)` under the same filter, shells `n`. A float for one spectrum, an array `(…,)` for several;
     average over samples before calling to score the ensemble. Infinite where a spectrum is not finite or has lost all energy in
-    a shell. `lengths` is needed for a box that is not a cube only: the Nyquist shell is then min N_a max(L) / (2 L_a).
+    a shell; a shell where both hold less than 1e-13 of the whole energy, what rounding leaves of a mode that was cut, counts as
+    equal. `lengths` is needed for a box that is not a cube only: the Nyquist shell is then min N_a max(L) / (2 L_a).
     """
     spectrum, reference, n = np.broadcast_arrays(_float64(spectrum), _float64(reference), _float64(n))
     lengths = (1.0,) * len(coarse_shape) if lengths is None else lengths
@@ -147,9 +205,10 @@ def spectrum_error(
     window = (shells >= 1) & (shells <= 2 / 3 * nyquist * (1 + 1e-12))
     if not window.any():
         raise ValueError(f"a grid of shape {tuple(coarse_shape)} has no shell between 1 and two thirds of its Nyquist wavenumber")
-    spectrum, reference = spectrum[..., window], reference[..., window]
-    distance = np.abs(np.log(spectrum / reference))
-    distance = np.where((spectrum == 0) & (reference == 0), 0.0, distance)
+    nothing = (spectrum <= 1e-13 * spectrum.sum(axis=-1, keepdims=True)) & (
+        reference <= 1e-13 * reference.sum(axis=-1, keepdims=True)
+    )
+    distance = np.where(nothing, 0.0, np.abs(np.log(spectrum / reference)))[..., window]
     error = distance.mean(axis=-1)
     error = np.where(np.isnan(error), np.inf, error)
     return float(error) if error.ndim == 0 else error
@@ -158,25 +217,53 @@ def spectrum_error(
 # Vorticity and correlation
 
 
+def centred_velocity(u: ArrayLike, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver | None) -> np.ndarray:
+    """(u, v, w) at the cell centres by the solver's averages, which know the sides: `(…, c, *grid)` -> `(…, d, *grid)`."""
+    if solver is None:
+        raise ValueError(f"between walls the solver must be given, it knows the values there; the boundaries are {grid.boundaries}")
+    u = _float64(u)
+    _check(u, grid, len(variables))
+    return velocity(_by_solver(solver.centred, u, grid), grid, variables)
+
+
+def _difference(q: np.ndarray, axis: int, grid: Grid) -> np.ndarray:
+    """(q_{i+1} - q_{i-1}) / 2Δx; at a wall the one-sided difference of three cells. `axis` counts the axes of the grid."""
+    h, at = grid.spacing[axis], axis - grid.ndim
+    if grid.periodic[axis]:
+        return (np.roll(q, -1, at) - np.roll(q, 1, at)) / (2 * h)
+    return np.asarray(np.gradient(q, h, axis=at, edge_order=2 if grid.shape[axis] > 2 else 1))
+
+
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def vorticity(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.ndarray:
+def vorticity(u: ArrayLike, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver | None = None) -> np.ndarray:
     """ω = ∂x v - ∂y u (2D), ω = ∇ × u (3D), at the cell centres: ω̂ = i k × û exp(i k · (½ - at) Δx).
 
     `(…, c, *grid)` -> `(…, *grid)` in 2D, `(…, 3, *grid)` in 3D, in the unit of u over length. Spectral derivative after the
     phase shift to common points; Nyquist modes are dropped.
+
+    On a grid with walls: second-order differences of the velocities at the cell centres (`solver.centred`), central inside and
+    along periodic axes, one-sided in the cells at a wall. They see the wall's own velocity only as far as `centred` does.
     """
     if grid.ndim == 1:
         raise ValueError("vorticity needs two or three dimensions")
     channels = velocity_channels(grid, variables)
+    if not all(grid.periodic):
+        return _curl_of_centred(centred_velocity(u, grid, variables, solver), grid)
     hat = _centred_spectrum(velocity(u, grid, variables), grid, [variables[c].at for c in channels])
     k = grid.wavenumbers()
-    part = [hat[(..., c, *(slice(None),) * grid.ndim)] for c in range(grid.ndim)]
-    if grid.ndim == 2:
-        curl = 1j * (k[0] * part[1] - k[1] * part[0])
-    else:
-        pairs = ((1, 2), (2, 0), (0, 1))
-        curl = np.stack([1j * (k[a] * part[b] - k[b] * part[a]) for a, b in pairs], axis=-grid.ndim - 1)
+    curl = _curl(lambda a, c: 1j * k[a] * hat[(..., c, *(slice(None),) * grid.ndim)], grid)
     return np.fft.irfftn(curl, s=grid.shape, axes=_space(grid))
+
+
+def _curl(derivative: Callable[[int, int], np.ndarray], grid: Grid) -> np.ndarray:
+    """∇ × u from ∂_a u_c = derivative(a, c)."""
+    if grid.ndim == 2:
+        return derivative(0, 1) - derivative(1, 0)
+    return np.stack([derivative(a, b) - derivative(b, a) for a, b in ((1, 2), (2, 0), (0, 1))], axis=-grid.ndim - 1)
+
+
+def _curl_of_centred(u: np.ndarray, grid: Grid) -> np.ndarray:
+    return _curl(lambda a, c: _difference(u[(..., c, *(slice(None),) * grid.ndim)], a, grid), grid)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -191,33 +278,59 @@ def band_limit(w: ArrayLike, grid: Grid, modes: int) -> np.ndarray:
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def correlation(u: ArrayLike, u_ref: ArrayLike, grid: Grid, variables: Sequence[Variable], modes: int) -> np.ndarray:
+def compared_field(u: ArrayLike, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver | None = None) -> np.ndarray:
+    """What runs are compared by: u itself in 1D, else the `vorticity`: `(…, c, *grid)` -> `(…, 1 or 3, *grid)`."""
+    if grid.ndim == 1:
+        return velocity(u, grid, variables)
+    w = vorticity(u, grid, variables, solver)
+    return w if grid.ndim == 3 else w[..., None, :, :]
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def correlation(
+    u: ArrayLike,
+    u_ref: ArrayLike,
+    grid: Grid,
+    variables: Sequence[Variable],
+    modes: int,
+    solver: AbstractSolver | None = None,
+) -> np.ndarray:
     """ρ = ⟨ω ω_ref⟩ / (‖ω‖ ‖ω_ref‖) of the vorticity on |n_a| ≤ `modes` (in 1D: of u itself): two `(…, c, *grid)` -> `(…,)`.
 
     Both on the same grid and at the same places. A run's frame that is not finite counts as 0, and so does a frame without
-    any vorticity in the band, unless the reference has none either (then 1).
+    any vorticity in the band, unless the reference has none either (then 1). Between walls there are no modes: there all of the
+    vorticity counts, `modes` does nothing, and `solver` must be given (see `vorticity`).
     """
-    u, u_ref = _float64(u), _float64(u_ref)
+    u, u_ref = np.asarray(u), np.asarray(u_ref)
     _check(u, grid, len(variables))
     _check(u_ref, grid, len(variables))
+    return in_pieces(lambda a, b: _correlation(a, b, grid, variables, modes, solver), grid, u, u_ref)
+
+
+def _correlation(
+    u: np.ndarray, u_ref: np.ndarray, grid: Grid, variables: Sequence[Variable], modes: int, solver: AbstractSolver | None
+) -> np.ndarray:
+    u, u_ref = _float64(u), _float64(u_ref)
     inner = tuple(range(-grid.ndim - 1, 0))
     if not np.isfinite(u_ref).all():
         raise ValueError("the reference has frames that are not finite; nothing can be compared with them")
     finite = np.isfinite(u).all(axis=inner)
+    walls = not all(grid.periodic)
+    # what a transform or a difference leaves of an empty field is rounding, not a field
+    noise = 1e-13 * np.sqrt(grid.cells) * max(np.pi * n / length for n, length in zip(grid.shape, grid.lengths, strict=True))
 
     def banded(frames: np.ndarray) -> np.ndarray:
+        # values on the sides are added to the state, so they must be there before it is scaled
+        frames = centred_velocity(frames, grid, variables, solver) if walls else frames
         # the coefficient does not depend on the size of a frame; scaling keeps 1e200 from overflowing
         largest = np.abs(frames).max(axis=inner, keepdims=True)
         frames = frames / np.where(largest > 0, largest, 1.0)
-        if grid.ndim == 1:
-            w = velocity(frames, grid, variables)
-        else:
-            w = vorticity(frames, grid, variables)
+        if walls:
+            w = _curl_of_centred(frames, grid)
             w = w if grid.ndim == 3 else w[..., None, :, :]
-        w = band_limit(w, grid, modes)
-        # what a transform leaves of an empty band is rounding, not a field
+        else:
+            w = band_limit(compared_field(frames, grid, variables), grid, modes)
         norm = np.sqrt((w**2).sum(axis=inner, keepdims=True))
-        noise = 1e-13 * np.sqrt(grid.cells) * max(np.pi * n / length for n, length in zip(grid.shape, grid.lengths, strict=True))
         return np.where(norm > noise, w / np.where(norm > 0, norm, 1.0), 0.0)
 
     w = banded(np.where(np.expand_dims(finite, inner), u, 0.0))
@@ -285,11 +398,48 @@ def kinetic_energy(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> n
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def enstrophy(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.ndarray:
-    """½⟨|ω|²⟩ with the spectral vorticity: `(…, c, *grid)` -> `(…,)`, in the unit of u² over length²."""
-    w = vorticity(u, grid, variables)
+def enstrophy(u: ArrayLike, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver | None = None) -> np.ndarray:
+    """½⟨|ω|²⟩ with the `vorticity` of this module: `(…, c, *grid)` -> `(…,)`, in the unit of u² over length²."""
+    w = vorticity(u, grid, variables, solver)
     w = w if grid.ndim == 3 else w[..., None, :, :]
     return np.asarray(0.5 * (w**2).sum(axis=-grid.ndim - 1).mean(axis=_space(grid)))
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def mean_squares(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """⟨u²⟩, ⟨u_x²⟩, ⟨u_xx²⟩ on a periodic line, derivatives spectral below Nyquist: `(…, c, n)` -> three `(…,)`.
+
+    In the Kuramoto–Sivashinsky equation the second feeds ½⟨u²⟩ and the third drains it; on average they are equal.
+    """
+    if grid.ndim != 1 or not all(grid.periodic):
+        raise ValueError("mean squares of derivatives need a periodic line")
+    u = velocity(u, grid, variables)
+    hat = np.fft.rfft(u[..., 0, :]) * _below_nyquist(grid)
+    (k,) = grid.wavenumbers()
+    # every mode that is kept stands for a conjugate pair, but for the mean, which has no derivative
+    square = 2 * (hat.real**2 + hat.imag**2) / grid.cells**2
+    square_of_u, slope, curvature = (u[..., 0, :] ** 2).mean(axis=-1), (k**2 * square).sum(axis=-1), (k**4 * square).sum(axis=-1)
+    return np.asarray(square_of_u), np.asarray(slope), np.asarray(curvature)
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def energy_rate(energy: ArrayLike, times: ArrayLike) -> np.ndarray:
+    """dE/dt by second-order differences between frames, one-sided in the first and the last: `(…, time)` -> the same.
+
+    At least two frames, at any times. A decaying flow is judged on -dE/dt, its dissipation.
+    """
+    energy, times = _float64(energy), _float64(times)
+    return np.asarray(np.gradient(energy, times, axis=-1, edge_order=2 if times.size > 2 else 1))
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def scalar_variance(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.ndarray:
+    """⟨(c - ⟨c⟩)²⟩ of every channel that is no velocity: `(…, c, *grid)` -> `(…, scalars)`."""
+    u = _float64(u)
+    _check(u, grid, len(variables))
+    channels = [c for c, v in enumerate(variables) if v.name not in VELOCITIES]
+    q = np.take(u, channels, axis=u.ndim - grid.ndim - 1)
+    return q.var(axis=_space(grid))
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -306,7 +456,7 @@ def drift_scale(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.n
 
     Velocity components share Σ|u| of the vector, so that a component that starts at zero has a scale.
     """
-    u = _float64(u)
+    u = _finite_frames(_float64(u), grid)
     _check(u, grid, len(variables))
     scale = np.abs(u).sum(axis=_space(grid)) * grid.cell_volume
     names = [v.name for v in variables]
@@ -357,17 +507,30 @@ def divergence_spectral(u: ArrayLike, grid: Grid, places: Sequence[Place] | None
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def divergence_max(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.ndarray:
+def divergence_max(
+    u: ArrayLike, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver | None = None
+) -> np.ndarray | None:
     """max|∇·u| min(Δx) / max|u_a| of each frame: `(…, c, *grid)` -> `(…,)`, dimensionless. 0 for a fluid at rest.
 
-    The operator is the solver's: face differences where every component lives on its own face, spectral elsewhere.
+    The operator is the `solver`'s, walls included; None where its flow may be compressed. Without a solver, in a periodic box: face
+    differences where every component lives on its own face, spectral elsewhere.
     """
-    places = [variables[c].at for c in velocity_channels(grid, variables)]
-    faces = [tuple(1.0 if b == a else 0.5 for b in range(grid.ndim)) for a in range(grid.ndim)]
-    u = velocity(u, grid, variables)
-    divergence = divergence_staggered(u, grid) if places == faces else divergence_spectral(u, grid, places)
+    u = _float64(u)
+    _check(u, grid, len(variables))
+    if solver is not None:
+        one = jax.ShapeDtypeStruct(u.shape[-grid.ndim - 1 :], jnp.result_type(float))
+        if jax.eval_shape(solver.divergence, one) is None:
+            return None
+        divergence = _by_solver(solver.divergence, u, grid)  # pyright: ignore[reportArgumentType]
+    elif not all(grid.periodic):
+        raise ValueError(f"between walls the solver must be given, it knows the values there; the boundaries are {grid.boundaries}")
+    else:
+        places = [variables[c].at for c in velocity_channels(grid, variables)]
+        faces = [tuple(1.0 if b == a else 0.5 for b in range(grid.ndim)) for a in range(grid.ndim)]
+        moving = velocity(u, grid, variables)
+        divergence = divergence_staggered(moving, grid) if places == faces else divergence_spectral(moving, grid, places)
     largest = np.abs(divergence).max(axis=_space(grid))
-    speed = np.abs(u).max(axis=tuple(range(-grid.ndim - 1, 0)))
+    speed = np.abs(velocity(u, grid, variables)).max(axis=tuple(range(-grid.ndim - 1, 0)))
     return np.where(speed == 0, 0.0, largest * min(grid.spacing) / speed)
 
 
@@ -418,7 +581,8 @@ def field_dataset(
 ) -> xr.Dataset:
     """q(sample, time, x, y, z): frames `(sample, time, c, *grid)` as one labelled variable per channel, in their own precision.
 
-    Each channel has the dimensions of its place: `x` for centres, `x_face` for right faces.
+    Each channel has the dimensions of its place: `x` for centres, `x_face` for right faces. The attribute `boundaries` of a
+    coordinate holds the kinds of its two sides.
     """
     u, times = np.asarray(u), _float64(times)
     _check(u, grid, len(variables))
@@ -431,12 +595,29 @@ def field_dataset(
     data: dict[str, Any] = {}
     for c, variable in enumerate(variables):
         names = dimensions(variable.at)
-        for name, values in zip(names, grid.coordinates(variable.at), strict=True):
-            place = "right face" if name.endswith("_face") else "cell centre"
-            coords[name] = (name, values, {"long_name": f"{name[0]} at the {place}", "units": length_unit})
-        long_name = f"velocity along {AXES[VELOCITIES.index(variable.name)]}" if variable.name in VELOCITIES else variable.name
+        coords |= _space_coordinates(grid, variable.at, length_unit)
+        if variable.name not in VELOCITIES:
+            long_name = f"scalar {variable.name}"
+        else:
+            long_name = f"velocity along {AXES[VELOCITIES.index(variable.name)]}" if grid.ndim > 1 else variable.name
         data[variable.name] = (("sample", "time", *names), u[:, :, c], {"long_name": long_name, "units": variable.unit or "1"})
     return xr.Dataset(data, coords, {key: _attribute(value) for key, value in (attrs or {}).items()})
+
+
+def _space_coordinates(grid: Grid, at: Place, unit: str) -> dict[str, Any]:
+    """Coordinates of values at a place, with the kinds of the sides of the box."""
+    return {
+        name: (
+            name,
+            values,
+            {
+                "long_name": f"{name[0]} at the {'right face' if name.endswith('_face') else 'cell centre'}",
+                "units": unit,
+                "boundaries": " ".join(sides),
+            },
+        )
+        for name, values, sides in zip(dimensions(at), grid.coordinates(at), grid.boundaries, strict=True)
+    }
 
 
 def frames(ds: xr.Dataset, variables: Sequence[Variable]) -> np.ndarray:
@@ -444,68 +625,133 @@ def frames(ds: xr.Dataset, variables: Sequence[Variable]) -> np.ndarray:
     return np.stack([ds[v.name].transpose("sample", "time", *dimensions(v.at)).values for v in variables], axis=2)
 
 
+def _length_unit(ds: xr.Dataset) -> str:
+    return str(ds["x" if "x" in ds.coords else "x_face"].attrs.get("units", "1"))
+
+
+def with_vorticity(ds: xr.Dataset, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver) -> xr.Dataset:
+    """`ds` of `field_dataset` and, between walls, `vorticity(sample, time, x, y, z)`: ω in 2D, ω_z in 3D, in the frames' precision.
+
+    In a periodic box the velocities alone say what the vorticity is (see `vorticity`), and nothing is added.
+    """
+    if grid.ndim == 1 or all(grid.periodic):
+        return ds
+    u = frames(ds, variables)
+
+    def picture(piece: np.ndarray) -> np.ndarray:
+        w = vorticity(piece, grid, variables, solver)
+        return w if grid.ndim == 2 else w[:, 2]
+
+    length_unit = _length_unit(ds)
+    unit = _unit(variables[velocity_channels(grid, variables)[0]].unit or "1", over=length_unit if length_unit != "1" else "")
+    attrs = {"long_name": "vorticity ω" if grid.ndim == 2 else "vorticity along z", "units": unit}
+    w = in_pieces(picture, grid, u).astype(u.dtype)
+    coords = _space_coordinates(grid, grid.centre, length_unit)
+    return ds.assign_coords(coords).assign({"vorticity": (("sample", "time", *dimensions(grid.centre)), w, attrs)})
+
+
+def _series(
+    u: np.ndarray, times: np.ndarray, grid: Grid, variables: Sequence[Variable], solver: AbstractSolver | None, length_unit: str
+) -> dict[str, Any]:
+    """What is followed over time, `(sample, time)`, with names and units: the means that statistics are made of."""
+    unit = variables[velocity_channels(grid, variables)[0]].unit or "1"
+    dims = ("sample", "time")
+
+    def over_length(p: int) -> str:
+        return _unit(unit, 2, over=_unit(length_unit, p) if length_unit != "1" else "")
+
+    if grid.ndim == 1:
+        if not all(grid.periodic):
+            return {"mean_square": (dims, (u[:, :, 0] ** 2).mean(axis=-1), {"long_name": "⟨u²⟩", "units": _unit(unit, 2)})}
+        labels = (("mean_square", "⟨u²⟩", 0), ("mean_square_slope", "⟨u_x²⟩", 2), ("mean_square_curvature", "⟨u_xx²⟩", 4))
+        return {
+            name: (dims, values, {"long_name": text, "units": over_length(p) if p else _unit(unit, 2)})
+            for values, (name, text, p) in zip(mean_squares(u, grid, variables), labels, strict=True)
+        }
+    energy = in_pieces(lambda a: kinetic_energy(a, grid, variables), grid, u)
+    found = {
+        "energy": (dims, energy, {"long_name": "kinetic energy ½⟨|u|²⟩", "units": _unit(unit, 2)}),
+        "enstrophy": (
+            dims,
+            in_pieces(lambda a: enstrophy(a, grid, variables, solver), grid, u),
+            {"long_name": "enstrophy ½⟨|ω|²⟩", "units": over_length(2)},
+        ),
+    }
+    if times.size > 1:
+        units = _unit(unit, 2, over="time" if unit != "1" else "")
+        found["energy_rate"] = (
+            dims,
+            energy_rate(energy, times),
+            {"long_name": "dE/dt by differences between frames", "units": units},
+        )
+    return found
+
+
 def with_diagnostics(
     ds: xr.Dataset,
     grid: Grid,
     variables: Sequence[Variable],
     *,
+    solver: AbstractSolver | None = None,
     reference: xr.Dataset | None = None,
     modes: int | None = None,
     statistics_from: float | None = None,
     expected_sums: ArrayLike | None = None,
 ) -> xr.Dataset:
-    """`ds` of `field_dataset` and beside the fields: energy, enstrophy, divergence_max, drift, spectrum and, given a reference, ρ.
+    """`ds` of `field_dataset` and beside the fields what is measured on them: series, sums, spectrum and, given a reference, ρ.
 
+    In 1D `mean_square`, `mean_square_slope`, `mean_square_curvature`; else `energy`, `enstrophy`, `energy_rate` and, where the flow
+    has none, `divergence_max`. `scalar_variance` where there are scalars; `drift` of what is conserved; `spectrum` in periodic
+    boxes; `vorticity` between walls.
+
+    - `solver`: whose states these are; it gives the divergence, the velocities between walls, and what it conserves. Without one
+      the box must be periodic, and every channel is taken for conserved.
     - `reference`: the same variables at the same times and places, under the run's own filter; `modes` is the band |n_a| ≤ K of
-      the correlation (all modes below Nyquist if None).
+      the correlation (all modes below Nyquist if None; between walls everything).
     - `statistics_from`: start of the window of the mean spectrum.
     - `expected_sums`: `(sample, time, c)`, see `drift`.
     """
     u = frames(ds, variables)
+    names = [v.name for v in variables]
     unit = variables[velocity_channels(grid, variables)[0]].unit or "1"
-    length_unit = ds[dimensions(grid.centre)[0] if "x" in ds.coords else "x_face"].attrs.get("units", "1")
-    times = ds["time"].values
-    n, spectrum = time_mean_spectrum(u, times, grid, variables, statistics_from)
-    k0 = 2 * np.pi / max(grid.lengths)
-    change = drift(conserved_sums(u, grid), drift_scale(u[:, 0], grid, variables), expected_sums)
+    length_unit, times = _length_unit(ds), ds["time"].values
     series = ("sample", "time")
-    shell = ("wavenumber", k0 * n, {"long_name": "shell wavenumber n k₀", "units": _unit("", over=length_unit)})
-    window = float(times[0] if statistics_from is None else statistics_from)
-    added: dict[str, Any] = {
-        "energy": (series, kinetic_energy(u, grid, variables), {"long_name": "kinetic energy ½⟨|u|²⟩", "units": _unit(unit, 2)}),
-        "spectrum": (
-            ("sample", "wavenumber"),
-            spectrum,
-            {
-                "long_name": "shell spectrum E(n), time mean",
-                "units": _unit(unit, 2, times=length_unit),
-                "window": [window, float(times[-1])],
-            },
-        ),
-        "drift": (
-            ("variable", *series),
-            np.moveaxis(change, -1, 0),
-            {"long_name": "change of the conserved sum over Σ|q| at the start", "units": "1"},
-        ),
-    }
+    added: dict[str, Any] = _series(u, times, grid, variables, solver, length_unit)
+    coords: dict[str, Any] = {}
+    scalars = [v for v in variables if v.name not in VELOCITIES]
+    if scalars:
+        variance = in_pieces(lambda a: scalar_variance(a, grid, variables), grid, u)
+        units = {_unit(v.unit or "1", 2) for v in scalars}
+        attrs = {"long_name": "variance of the scalar", "units": units.pop() if len(units) == 1 else "unit of the scalar squared"}
+        added["scalar_variance"] = (("scalar", *series), np.moveaxis(variance, -1, 0), attrs)
+        coords["scalar"] = ("scalar", [v.name for v in scalars])
+    if all(grid.periodic):
+        n, spectrum = time_mean_spectrum(u, times, grid, variables, statistics_from)
+        k0 = 2 * np.pi / max(grid.lengths)
+        coords["wavenumber"] = ("wavenumber", k0 * n, {"long_name": "shell wavenumber n k₀", "units": _unit("", over=length_unit)})
+        attrs = {"long_name": "shell spectrum E(n), time mean", "units": _unit(unit, 2, times=length_unit)}
+        window = [float(times[0] if statistics_from is None else statistics_from), float(times[-1])]
+        added["spectrum"] = (("sample", "wavenumber"), spectrum, attrs | {"window": window})
+    kept = [c for c, name in enumerate(names) if solver is None or name in solver.conserved]
+    if kept:
+        sums = in_pieces(lambda a: conserved_sums(a, grid), grid, u)
+        change = drift(sums, drift_scale(u[:, 0], grid, variables), expected_sums)
+        attrs = {"long_name": "change of the conserved sum over Σ|q| at the start", "units": "1"}
+        added["drift"] = (("variable", *series), np.moveaxis(change[..., kept], -1, 0), attrs)
+        coords["variable"] = ("variable", [names[c] for c in kept])
     if grid.ndim > 1:
-        added["enstrophy"] = (
-            series,
-            enstrophy(u, grid, variables),
-            {"long_name": "enstrophy ½⟨|ω|²⟩", "units": _unit(unit, 2, over=_unit(length_unit, 2) if length_unit != "1" else "")},
-        )
-        added["divergence_max"] = (
-            series,
-            divergence_max(u, grid, variables),
-            {"long_name": "max |∇·u| Δx / max |u|", "units": "1"},
-        )
+        one = np.asarray(u[:1, :1])
+        if solver is None or divergence_max(one, grid, variables, solver) is not None:
+            largest = in_pieces(lambda a: np.asarray(divergence_max(a, grid, variables, solver)), grid, u)
+            added["divergence_max"] = (series, largest, {"long_name": "max |∇·u| Δx / max |u|", "units": "1"})
     if reference is not None:
         band = max(grid.shape) if modes is None else modes
+        what = "u" if grid.ndim == 1 else "the vorticity"
         added["correlation"] = (
             series,
-            correlation(u, frames(reference, variables), grid, variables, band),
-            {"long_name": "correlation of the vorticity with the reference" if grid.ndim > 1 else "correlation with the reference"}
-            | {"units": "1", "modes": band},
+            correlation(u, frames(reference, variables), grid, variables, band, solver),
+            {"long_name": f"correlation of {what} with the reference", "units": "1"}
+            | ({"modes": band} if all(grid.periodic) else {}),
         )
-    coords = {"wavenumber": shell, "variable": ("variable", [v.name for v in variables])}
-    return ds.assign_coords(coords).assign(added)
+    ds = ds.assign_coords(coords).assign(added)
+    return ds if solver is None else with_vorticity(ds, grid, variables, solver)

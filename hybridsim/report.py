@@ -2,7 +2,7 @@
 
 `write_report` reads what a run has written (`config.yaml`, `summary.json`, `<label>.nc`, `reference.nc`, `training.json`)
 and computes nothing new beyond means over samples and the pictures of vorticity. A file or variable that is missing leaves
-its figure out.
+its figure out: a line (1D) has space–time pictures in place of vorticity, a box with walls has no spectra.
 """
 
 import base64
@@ -114,6 +114,37 @@ class Folder:
         return tuple(dict.fromkeys(r.group for r in self.runs if r.group in self.references))
 
     @property
+    def box(self) -> Grid | None:
+        """The grid of the first run that has frames; all share its box."""
+        data = next((r.data for r in self.runs if r.data is not None), None)
+        return None if data is None else _layout(data)[0]
+
+    @property
+    def ndim(self) -> int:
+        """Space dimensions; two where nothing says so."""
+        return 2 if self.box is None else self.box.ndim
+
+    @property
+    def walls(self) -> bool:
+        return self.box is not None and not all(self.box.periodic)
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Names of the passive scalars."""
+        data = next((r.data for r in self.runs if r.data is not None and "scalar" in r.data.coords), None)
+        return () if data is None else tuple(str(name) for name in data["scalar"].values)
+
+    @property
+    def early_end(self) -> float | None:
+        """End of the part of the window in which runs still follow the reference: all of it, but on a line at most half as long
+        again as the best run holds out, or as the line is long in its natural units.
+        """
+        if self.ndim > 1 or self.box is None or self.window_end is None:
+            return self.window_end
+        times = [t for r in self.runs if (t := _t(r.numbers)) is not None]
+        return min(self.window_end, max([1.5 * t for t in times] + [self.box.lengths[0]]))
+
+    @property
     def converged_until(self) -> float | None:
         stated = [(self.summary.get("reference") or {}).get("converged_until")]
         if "convergence" in self.references:
@@ -167,14 +198,21 @@ def _read_training(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _layout(data: xr.Dataset) -> tuple[Grid, tuple[Variable, ...]]:
     """Grid and velocity channels of a labelled dataset, from its dimensions and coordinates."""
     names = [name for name in diagnostics.VELOCITIES if name in data.data_vars]
-    variables, shape, lengths = [], (), ()
+    variables, shape, lengths, boundaries = [], (), (), ()
     for name in names:
         dims = [d for d in data[name].dims if d not in ("sample", "time")]
+        boundaries = tuple(tuple(data[d].attrs.get("boundaries", "periodic periodic").split()) for d in dims)
         at = tuple(1.0 if str(d).endswith("_face") else 0.5 for d in dims)
         shape = tuple(data.sizes[d] for d in dims)
         lengths = tuple(float(data[d][1] - data[d][0]) * data.sizes[d] for d in dims)
         variables.append(Variable(name, data[name].attrs.get("units", "1"), at))
-    return Grid(shape, lengths), tuple(variables)
+    return Grid(shape, lengths, boundaries), tuple(variables)
+
+
+def _place_name(folder: Folder, group: str) -> str:
+    """`64 × 64 finite volume` for the filter and grid of a group of the reference."""
+    size = " × ".join(str(n) for n in _layout(folder.references[group])[0].shape)
+    return f"{size} {str(group).rpartition('_')[0].replace('_', ' ')}"
 
 
 # Text
@@ -208,10 +246,12 @@ def _bound(text: str) -> str:
 
 
 def _named(part: Any) -> str:
-    """`{use: smagorinsky, cs: 0.17}` -> `smagorinsky (cs 0.17)`; weights come as a bare name."""
+    """`{use: smagorinsky, cs: 0.17}` -> `smagorinsky (cs 0.17)`; trained ones by the name of their weights alone."""
     if not isinstance(part, Mapping):
         return str(part)
-    extra = [str(v) if k == "weights" else f"{k} {v}" for k, v in part.items() if k != "use" and isinstance(v, str | int | float)]
+    how = ("use", "evaluate", "seed")
+    extra = [f"{k} {v}" for k, v in part.items() if k not in how and isinstance(v, str | int | float)]
+    extra = [str(part["weights"])] if part.get("weights") else extra
     name = str(part.get("use", "")).rpartition(":")[2].replace("_", " ")
     return f"{name} ({', '.join(extra)})" if extra else name
 
@@ -297,7 +337,34 @@ def verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None = None)
                 text += f", {least}{ratio:.2g} times as long as {rival} ({base[rival]:.2f})"
                 text += ": no gain" if ratio <= 1 and not least else ""
         parts.append(text + ".")
+    errors = {r: n["statistics_error"] for r, n in runs.items() if n.get("statistics_error") is not None}
+    if errors and _judges_statistics(summary, config):
+        ranked = sorted(errors, key=lambda r: errors[r])
+        shown = ranked if len(ranked) <= 3 else [ranked[0], ranked[-1]]
+        named = ", ".join(f"{r} {_number(100 * errors[r], 2 if errors[r] < 1 else 3)} %" for r in shown)
+        parts.append(f"Largest error of {_statistics_words(config)}: {named}{'' if shown == ranked else ' (best and worst)'}.")
     return " ".join(parts) or "Finished; nothing was compared or checked."
+
+
+def _judges_statistics(summary: Mapping[str, Any], config: Mapping[str, Any] | None) -> bool:
+    """Whether the page quotes the error of statistics: on a line, in 3D, between walls, with scalars, or where a check asks."""
+    domain = (config or {}).get("domain") or {}
+    sides = [kind for s in domain.get("boundaries") or () for kind in ([s] if isinstance(s, str) else s)]
+    asked = any(c.get("name") == "statistics_error" for c in summary.get("checks", []))
+    equation = (config or {}).get("equation")
+    plain = not (isinstance(equation, Mapping) and equation.get("scalars"))
+    usual = len(domain.get("lengths") or (0, 0)) == 2 and all(s == "periodic" for s in sides) and plain
+    known = any(n.get("statistics_error") is not None for n in summary.get("runs", {}).values())
+    return known and (asked or not usual)
+
+
+def _statistics_words(config: Mapping[str, Any] | None) -> str:
+    """What the statistics are means of."""
+    if len(((config or {}).get("domain") or {}).get("lengths") or (0, 0)) == 1:
+        return "the mean squares of u, uₓ and uₓₓ"
+    equation = (config or {}).get("equation")
+    scalars = isinstance(equation, Mapping) and equation.get("scalars")
+    return "mean energy, enstrophy and scalar variance" if scalars else "mean energy and enstrophy"
 
 
 def _until(numbers: Mapping[str, Any]) -> str:
@@ -371,59 +438,91 @@ def _shade_unconverged(axes: "Axes", folder: Folder) -> None:
         axes.axvspan(start, end, label="reference not converged", **SHADE)
 
 
+def _shots(data: xr.Dataset, times: np.ndarray, name: str) -> list[np.ndarray] | None:
+    """The vorticity (in 3D along z), or a scalar, of sample 0 at some times, each on a plane: in 3D the middle one across z."""
+    grid, variables = _layout(data)
+    shots = data.isel(sample=0) if "sample" in data.dims else data
+    walls = not all(grid.periodic)
+    if name != "vorticity" or walls:
+        if name not in data:
+            return None
+        found = np.asarray(shots[name].sel(time=times, method="nearest").transpose("time", *diagnostics.AXES[: grid.ndim]))
+    else:
+        near = shots[[v.name for v in variables]].sel(time=times, method="nearest")
+        frames = np.stack([np.asarray(near[v.name].transpose("time", *diagnostics.dimensions(v.at))) for v in variables], axis=1)
+        found = diagnostics.in_pieces(lambda u: diagnostics.vorticity(u, grid, variables), grid, frames)
+        found = found[:, 2] if grid.ndim == 3 else found
+    return list(found[..., grid.shape[2] // 2] if grid.ndim == 3 else found)
+
+
 def vorticity_figure(folder: Folder) -> "Figure | None":
-    """ω(x, y) of sample 0: a row per field, a column per time, one colour scale."""
+    """ω(x, y) of sample 0: a row per field, a column per time, one colour scale; in 3D ω_z on the middle plane across z."""
+    return _picture_figure(folder, "vorticity", "vorticity ω$_z$" if folder.ndim == 3 else "vorticity ω", " [1 / time]")
+
+
+def scalar_figure(folder: Folder) -> "Figure | None":
+    """c(x, y) of sample 0, the first of the passive scalars: a row per field, a column per time, one colour scale."""
+    return _picture_figure(folder, folder.scalars[0], f"scalar {_plain(folder.scalars[0])}", "") if folder.scalars else None
+
+
+def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure | None":
+    """A field of sample 0: a row per run and reference, a column per time."""
     runs = [r for r in folder.runs if r.data is not None and "u" in r.data]
-    if not runs or _layout(runs[0].data)[0].ndim < 2:  # pyright: ignore[reportArgumentType]
+    if not runs or folder.ndim < 2:
         return None
+    lengths = _layout(runs[0].data)[0].lengths  # pyright: ignore[reportArgumentType]
+    aspect = min(4.0, max(0.1, lengths[1] / lengths[0]))
+    # flat boxes have few and wide pictures
+    columns = 5 if aspect > 0.4 else 3 if aspect > 0.2 else 2
     fine = folder.references.get("fine")
     times = np.asarray(fine["time"] if fine is not None else runs[0].data["time"], dtype=np.float64)  # pyright: ignore[reportOptionalSubscript]
-    times = times[np.unique(np.linspace(0, len(times) - 1, min(len(times), 5)).round().astype(int))]
-
-    def pictures(data: xr.Dataset) -> tuple[list[np.ndarray], tuple[float, ...]]:
-        grid, variables = _layout(data)
-        shots = data.isel(sample=0) if "sample" in data.dims else data
-        shots = shots[[v.name for v in variables]].sel(time=times, method="nearest")
-        frames = np.stack([np.asarray(shots[v.name].transpose("time", *diagnostics.dimensions(v.at))) for v in variables], axis=1)
-        w = diagnostics.vorticity(frames, grid, variables)
-        if grid.ndim == 3:
-            w = w[:, 2, :, :, grid.shape[2] // 2]
-        return list(w), grid.lengths
-
+    times = times[np.unique(np.linspace(0, len(times) - 1, min(len(times), columns)).round().astype(int))]
     rows: list[tuple[str, str, str, list[np.ndarray], np.ndarray | None]] = []
-    lengths: tuple[float, ...] = (1.0, 1.0)
+
+    def add(words: str, detail: str, colour: str, data: xr.Dataset, rho: np.ndarray | None = None) -> None:
+        shots = _shots(data, times, name)
+        if shots is not None:
+            rows.append((words, detail, colour, shots, rho))
+
     if fine is not None:
-        shots, lengths = pictures(fine)
-        size = " × ".join(str(n) for n in _layout(fine)[0].shape)
-        rows.append(("reference", size, REFERENCE_COLOUR, shots, None))
+        add("reference", " × ".join(str(n) for n in _layout(fine)[0].shape), REFERENCE_COLOUR, fine)
+    whole = bool(rows)
     for group in folder.groups or ("",):
         if group in folder.references and "u" in folder.references[group]:
-            shots, lengths = pictures(folder.references[group])
-            size = " × ".join(str(n) for n in _layout(folder.references[group])[0].shape)
-            kind = str(group).rpartition("_")[0].replace("_", " ")
-            rows.append(("reference, filtered", f"{size} {kind}", REFERENCE_COLOUR, shots, None))
+            add("reference, filtered", _place_name(folder, group), REFERENCE_COLOUR, folder.references[group])
         for run in runs:
             if run.data is not None and (run.group == group or not folder.groups):
-                shots, lengths = pictures(run.data)
                 rho = None
-                if "correlation" in run.data:
+                if "correlation" in run.data and name == "vorticity":
                     rho = np.asarray(run.data["correlation"].isel(sample=0).sel(time=times, method="nearest"))
-                rows.append((run.label, _solver(run.config), run.colour, shots, rho))
-    pool = rows[0][3] if fine is not None else [w for row in rows for w in row[3]]
-    limit = float(np.quantile(np.abs(np.concatenate([w[np.isfinite(w)] for w in pool])), 0.995)) or 1.0
+                add(run.label, _solver(run.config), run.colour, run.data, rho)
+    if not rows:
+        return None
+    pool = rows[0][3] if whole else [w for row in rows for w in row[3]]
+    values = np.concatenate([w[np.isfinite(w)] for w in pool])
+    if name == "vorticity":
+        # the layers along walls are thin and strong, and would leave the rest pale
+        limit = float(np.quantile(np.abs(values), 0.97 if folder.walls else 0.995)) or 1.0
+        scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    else:
+        low, high = (float(q) for q in np.quantile(values, (0.002, 0.998)))
+        if not high > low:
+            return None
+        scale = {"cmap": "viridis", "vmin": low, "vmax": high}
 
-    aspect = min(2.0, max(0.35, lengths[1] / lengths[0]))
-    side, gap, left, right, top, bottom = 1.5 if len(rows) < 6 else 1.28, 0.07, 1.75, 0.85, 0.32, 0.08
+    room = 5 * (1.5 if len(rows) < 6 else 1.28)
+    side = room / columns if aspect <= 1.35 else room / columns * 1.35 / aspect
+    gap, left, right, top, bottom = 0.07, 1.75, 0.85, 0.32, 0.08
     width = left + len(times) * (side + gap) + right
     height = top + len(rows) * (side * aspect + gap) + bottom
     figure = _figure(width, height, layout=None)
     image = None
-    for i, (label, detail, colour, shots, rho) in enumerate(rows):
+    for i, (words, detail, colour, shots, rho) in enumerate(rows):
         y = height - top - (i + 1) * (side * aspect + gap) + gap
         middle = (y + side * aspect / 2) / height
-        name = textwrap.fill(_plain(label).replace("_", "_ "), 19).replace("_ ", "_")
+        words = textwrap.fill(_plain(words).replace("_", "_ "), 19).replace("_ ", "_")
         x = (left - 0.14) / width
-        figure.text(x, middle + 0.02 / height, name, ha="right", va="bottom", color=colour, weight="bold", fontsize=9)
+        figure.text(x, middle + 0.02 / height, words, ha="right", va="bottom", color=colour, weight="bold", fontsize=9)
         figure.text(x, middle - 0.04 / height, textwrap.fill(_plain(detail), 22), ha="right", va="top", fontsize=7.5)
         for j, w in enumerate(shots):
             axes = figure.add_axes(((left + j * (side + gap)) / width, y / height, side / width, side * aspect / height))
@@ -437,11 +536,11 @@ def vorticity_figure(folder: Folder) -> "Figure | None":
                 axes.text(0.5, 0.5, "diverged", ha="center", va="center", transform=axes.transAxes, color="#5c6370", fontsize=9)
                 continue
             extent = (0, lengths[0], 0, lengths[1])
-            image = axes.imshow(w.T, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, aspect="auto")
+            image = axes.imshow(w.T, origin="lower", extent=extent, aspect="auto", **scale)
             if rho is not None:
                 box = {"boxstyle": "round,pad=0.22", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-                words = f"ρ {rho[j] + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
-                axes.text(0.04, 0.05, words, transform=axes.transAxes, fontsize=7.5, bbox=box)
+                text = f"ρ {rho[j] + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
+                axes.text(0.06 / side, 0.075 / (side * aspect), text, transform=axes.transAxes, fontsize=7.5, bbox=box)
     if image is not None:
         bar_height = min(height - top - bottom, 3.2)
         axes = figure.add_axes(
@@ -449,8 +548,92 @@ def vorticity_figure(folder: Folder) -> "Figure | None":
         )
         bar = figure.colorbar(image, cax=axes, extend="both")
         bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        unit = "" if _unit(runs[0].data["u"]) == "" else " [1 / time]"  # pyright: ignore[reportOptionalSubscript]
-        bar.set_label("vorticity ω" + unit)
+        plain = name != "vorticity" or _unit(runs[0].data["u"]) == ""  # pyright: ignore[reportOptionalSubscript]
+        bar.set_label(label + ("" if plain else unit))
+        axes.grid(visible=False)
+    return figure
+
+
+def spacetime_figure(folder: Folder) -> "Figure | None":
+    """u(x, t) of sample 0: time to the right, x upwards; each run under its filtered reference, one colour scale."""
+    runs = [r for r in folder.runs if r.data is not None and "u" in r.data]
+    if not runs or folder.ndim > 1:
+        return None
+    end = folder.early_end
+    rows: list[tuple[str, str, str, xr.DataArray, float | None]] = []
+
+    def field(data: xr.Dataset) -> xr.DataArray:
+        u = data["u"].isel(sample=0) if "sample" in data["u"].dims else data["u"]
+        space = next(str(d) for d in u.dims if d != "time")
+        return u.transpose(space, "time").sel(time=slice(None, None if end is None else end * (1 + 1e-9)))
+
+    for group in folder.groups or ("",):
+        if group in folder.references and "u" in folder.references[group]:
+            where = _place_name(folder, group)
+            rows.append(("reference, filtered", where, REFERENCE_COLOUR, field(folder.references[group]), None))
+        for run in runs:
+            if run.data is not None and (run.group == group or not folder.groups):
+                lost = None
+                if "correlation" in run.data:
+                    rho = run.data["correlation"].isel(sample=0)
+                    lost = diagnostics.crossing_time(np.asarray(rho["time"]), np.asarray(rho), 0.95)[0]
+                rows.append((run.label, _solver(run.config), run.colour, field(run.data), lost))
+    known = [row[3] for row in rows if row[2] == REFERENCE_COLOUR] or [row[3] for row in rows]
+    pool = np.concatenate([np.abs(np.asarray(u)[np.isfinite(u)]) for u in known])
+    limit = float(np.quantile(pool, 0.998)) or 1.0
+
+    left, right, top, bottom, gap, wide = 1.8, 0.85, 0.08, 0.46, 0.09, 6.6
+    span = end or 1.0
+    length = folder.box.lengths[0] if folder.box else 1.0
+    # long lines get taller pictures, so that their stripes stay apart, and many rows share one page
+    tall = max(0.92, min(2.0, max(1.15, 0.32 * wide * length / span), 12.5 / len(rows)))
+    width, height = left + wide + right, top + len(rows) * (tall + gap) + bottom
+    figure = _figure(width, height, layout=None)
+    image = None
+    for i, (words, detail, colour, u, lost) in enumerate(rows):
+        y = height - top - (i + 1) * (tall + gap) + gap
+        middle, x = (y + tall / 2) / height, (left - 0.42) / width
+        words = textwrap.fill(_plain(words).replace("_", "_ "), 17).replace("_ ", "_")
+        figure.text(x, middle + 0.02 / height, words, ha="right", va="bottom", color=colour, weight="bold", fontsize=9)
+        figure.text(x, middle - 0.04 / height, textwrap.fill(_plain(detail), 22), ha="right", va="top", fontsize=7.5)
+        axes = figure.add_axes((left / width, y / height, wide / width, tall / height))
+        times = np.asarray(u["time"], dtype=np.float64)
+        extent = (float(times[0]), float(times[-1]), 0.0, length)
+        values = np.ma.masked_invalid(np.asarray(u, dtype=np.float64))
+        image = axes.imshow(
+            values, origin="lower", extent=extent, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none"
+        )
+        axes.set(facecolor="#eceef1", yticks=[0, length])
+        for tick, va in zip(axes.set_yticklabels(["0", _number(length)], fontsize=7.5), ("bottom", "top"), strict=True):
+            tick.set_verticalalignment(va)
+        _note(axes, "x", (0, 0.5), "axes fraction", (-9, 0), ha="center", va="center", fontsize=9.0)
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set(visible=True, color="#9aa0a8", linewidth=0.5)
+        if i < len(rows) - 1:
+            axes.set_xticklabels([])
+        else:
+            axes.set_xlabel(_time_label(folder))
+        box = {"boxstyle": "round,pad=0.22", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+        broken = np.flatnonzero(np.ma.getmaskarray(values).any(axis=0))
+        if broken.size and times[-1] - times[broken[0]] > 0.15 * (times[-1] - times[0]):
+            middle_time = 0.5 * (float(times[broken[0]]) + float(times[-1]))
+            axes.text(middle_time, 0.5 * length, "diverged", ha="center", va="center", color="#5c6370", fontsize=9)
+        if lost is not None and lost <= times[-1]:
+            axes.axvline(lost, color="black", linewidth=1.3)
+            late = lost > times[0] + 0.8 * (times[-1] - times[0])
+            at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right" if late else "left"}
+            axes.annotate(
+                f"ρ < 0.95 from t = {lost:.3g}", (lost, 0), xytext=(-6 if late else 6, 6), fontsize=7.5, va="bottom", bbox=box, **at
+            )
+    if image is not None:
+        bar_height = min(height - top - bottom, 2.6)
+        axes = figure.add_axes(
+            ((width - right + 0.12) / width, (height - top - bar_height) / height, 0.13 / width, bar_height / height)
+        )
+        bar = figure.colorbar(image, cax=axes, extend="both")
+        bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        bar.set_label("u")
         axes.grid(visible=False)
     return figure
 
@@ -463,7 +646,7 @@ def correlation_figure(folder: Folder) -> "Figure | None":
     figure = _figure(9.2, 4.1)
     axes = figure.subplots()
     _shade_unconverged(axes, folder)
-    lowest = 0.0
+    lowest = 1.0
     for run in runs:
         data = run.data["correlation"]  # pyright: ignore[reportOptionalSubscript]
         times, values = np.asarray(data["time"], dtype=np.float64), np.asarray(data.transpose("sample", "time"), dtype=np.float64)
@@ -496,8 +679,10 @@ def correlation_figure(folder: Folder) -> "Figure | None":
             va="center",
             fontsize=8,
         )
-    axes.set(xlabel=_time_label(folder), ylabel="correlation ρ with the reference", ylim=(max(-0.25, lowest - 0.03), 1.015))
-    axes.set_xlim(0 if float(times[0]) >= 0 else float(times[0]), folder.window_end)
+    # where nothing is lost the axis ends below 0.80
+    bottom = 0.74 if lowest > 0.8 else max(-0.25, min(0.0, lowest) - 0.03)
+    axes.set(xlabel=_time_label(folder), ylabel="correlation ρ with the reference", ylim=(bottom, 1.015))
+    axes.set_xlim(0 if float(times[0]) >= 0 else float(times[0]), folder.early_end)
     handles, _ = axes.get_legend_handles_labels()
     handles.sort(key=lambda h: h.get_label() == "reference not converged")
     figure.legend(handles=handles, loc="outside right upper", handlelength=2.6, labelspacing=0.7)
@@ -505,7 +690,7 @@ def correlation_figure(folder: Folder) -> "Figure | None":
 
 
 def spectrum_figure(folder: Folder) -> "Figure | None":
-    """k³ E(k) (k^5/3 E(k) in 3D) over k, and E / E_ref below it: a column per filter."""
+    """k³ E(k) over k (3D: k^5/3 E(k), 1D: E(k)), and E / E_ref below it: a column per filter."""
     runs = [r for r in folder.runs if r.data is not None and "spectrum" in r.data]
     groups = [g for g in folder.groups if "spectrum" in folder.references[g] and any(r.group == g for r in runs)]
     if not groups:
@@ -513,7 +698,7 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     from matplotlib.patches import Patch
 
     ndim = _layout(folder.references[groups[0]])[0].ndim
-    power, text = (5 / 3, "k$^{5/3}$ E(k)") if ndim == 3 else (3.0, "k³ E(k)")
+    power, text = {1: (0.0, "E(k)"), 2: (3.0, "k³ E(k)"), 3: (5 / 3, "k$^{5/3}$ E(k)")}[ndim]
     width = 9.2 if len(groups) > 1 else 6.4
     figure = _figure(width, 5.2)
     panels = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=(2.2, 1))
@@ -526,7 +711,8 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
         truth = _sample_mean(reference["spectrum"], skip_broken=True)
         k0 = 2 * np.pi / max(grid.lengths)
         nyquist = k0 * min(n * max(grid.lengths) / (2 * length) for n, length in zip(grid.shape, grid.lengths, strict=True))
-        shown = (k > 0) & (k <= nyquist * 1.001)
+        # modes that a solver has cut hold rounding only
+        shown = (k > 0) & (k <= nyquist * 1.001) & (truth > 1e-13 * truth.sum())
         compensated = k**power * truth
         tops.append(compensated[shown])
         upper.loglog(k[shown], compensated[shown], color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
@@ -543,9 +729,11 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
         for axes in (upper, lower):
             axes.axvspan(2 / 3 * nyquist, nyquist, **SHADE)
             axes.set_xlim(k[shown][0], nyquist)
-        size = " × ".join(str(n) for n in grid.shape)
-        upper.set_title(f"{size} {str(group).rpartition('_')[0].replace('_', ' ')}")
+        upper.set_title(_place_name(folder, group))
         ticks = [k0 * 2.0**i for i in range(12) if 2.0**i * k0 <= nyquist * 1.001]
+        if abs(k0 - round(k0)) > 1e-3:
+            decimal = [digit * 10.0**i for i in range(-4, 5) for digit in (1, 2, 5)]
+            ticks = [t for t in decimal if k0 * 0.999 <= t <= nyquist * 1.001]
         lower.set_xticks(ticks, [_number(t) for t in ticks])
         lower.minorticks_off()
         lower.set_xlabel("wavenumber k" + _unit(reference["wavenumber"]))
@@ -563,6 +751,99 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     return figure
 
 
+def distribution_figure(folder: Folder) -> "Figure | None":
+    """The density of u (1D) or of the vorticity (3D) over samples and the window, beside the reference: a column per filter."""
+    runs = [r for r in folder.runs if r.data is not None and "pdf" in r.data]
+    groups = [g for g in folder.groups if "pdf" in folder.references[g] and any(r.group == g for r in runs)]
+    if not groups or folder.ndim == 2:
+        return None
+    logarithmic = folder.ndim == 3
+    width = 9.2 if len(groups) > 1 else 6.4
+    figure = _figure(width, 3.3)
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    drawn, top, low, ends = [], 0.0, math.inf, []
+    for axes, group in zip(panels, groups, strict=True):
+        truth = folder.references[group]["pdf"]
+        values, density = np.asarray(truth["value"]), np.asarray(truth, dtype=np.float64)
+        axes.plot(values, np.where(density > 0, density, np.nan), color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+        tops = [float(np.nanmax(density))]
+        low = min(low, float(density[density > 0].min()))
+        seen = values[density > 0]
+        ends += [float(seen[0]), float(seen[-1])]
+        for run in (r for r in runs if r.group == group):
+            density = np.asarray(run.data["pdf"], dtype=np.float64)  # pyright: ignore[reportOptionalSubscript]
+            if np.isfinite(density).all():
+                axes.plot(run.data["pdf"]["value"], np.where(density > 0, density, np.nan), **run.line)  # pyright: ignore[reportOptionalSubscript]
+                drawn.append(run)
+                tops.append(min(float(density.max()), 2 * tops[0]))
+        top = max(top, *tops)
+        axes.set_title(_place_name(folder, group))
+        axes.set_xlabel("vorticity component" if logarithmic else "u")
+    span = max(ends) - min(ends)
+    for axes in panels:
+        axes.set_xlim(min(ends) - 0.08 * span, max(ends) + 0.08 * span)
+    if logarithmic:
+        panels[0].set_yscale("log")
+        panels[0].set_ylim(max(low / 3, 1e-6 * top), 3 * top)
+    else:
+        panels[0].set_ylim(0, 1.12 * top)
+    panels[0].set_ylabel("probability density")
+    _legend(figure, _handles(drawn), width)
+    return figure
+
+
+STATISTICS = {
+    "mean_square": "⟨u²⟩",
+    "mean_square_slope": "⟨uₓ²⟩",
+    "mean_square_curvature": "⟨uₓₓ²⟩",
+    "energy": "kinetic energy",
+    "enstrophy": "enstrophy",
+    "energy_rate": "dE/dt",
+}
+
+
+def statistics_figure(folder: Folder) -> "Figure | None":
+    """Means over the window with their standard errors, each relative to the run's own filtered reference."""
+    runs = [r for r in folder.runs if r.numbers.get("statistics") and r.numbers.get("statistics_error") is not None]
+    if not runs or not _judges_statistics(folder.summary, folder.config):
+        return None
+    names = list(dict.fromkeys(name for r in runs for name in r.numbers["statistics"] if name != "energy_rate"))
+    figure = _figure(9.2, 0.34 * len(runs) + 1.15)
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axes, name in zip(panels, names, strict=True):
+        ends = [0.0]
+        for i, run in enumerate(runs):
+            row = run.numbers["statistics"].get(name)
+            if row is None or row["difference"] is None or not row["reference"]:
+                continue
+            percent = 100 / abs(row["reference"])
+            at, error, known = 100 * row["difference"], row["standard_error"], row["reference_standard_error"]
+            if known is not None:
+                axes.barh(
+                    i, 2 * known * percent, left=-known * percent, height=0.62, color=REFERENCE_COLOUR, alpha=0.16, linewidth=0
+                )
+                ends += [known * percent, -known * percent]
+            spread = 0.0 if error is None else error * percent
+            ends += [at - spread, at + spread]
+            face = "white" if run.bare else run.colour
+            axes.errorbar(
+                at, i, xerr=spread or None, fmt="o", color=run.colour, markersize=6, markerfacecolor=face, markeredgewidth=1.6
+            )
+        axes.axvline(0, color=REFERENCE_COLOUR, linewidth=1.2, zorder=1)
+        room = 0.12 * (max(ends) - min(ends)) or 1.0
+        axes.set_xlim(min(ends) - room, max(ends) + room)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_ylim(len(runs) - 0.4, -0.6)
+        kind, _, scalar = name.partition(":")
+        axes.set_title(f"variance of {_plain(scalar)}" if scalar else STATISTICS.get(kind, kind))
+        axes.set_xlabel("off by %")
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(runs)), [textwrap.fill(_plain(r.label), 24) for r in runs])
+    for tick, run in zip(panels[0].get_yticklabels(), runs, strict=True):
+        tick.set_color(run.colour)
+    return figure
+
+
 def conservation_figure(folder: Folder) -> "Figure | None":
     """Drift of each conserved sum and the largest divergence over time, log scale, worst sample."""
     runs = [r for r in folder.runs if r.data is not None and ("drift" in r.data or "divergence_max" in r.data)]
@@ -574,14 +855,14 @@ def conservation_figure(folder: Folder) -> "Figure | None":
         return None
     from matplotlib.lines import Line2D
 
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(9.2, 2.75 * rows + 0.35)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     limited = False
     for axes in grid.ravel()[len(panels) :]:
         axes.set_visible(False)
-    for axes, (key, name) in zip(grid.ravel(), panels, strict=False):
+    for i, (axes, (key, name)) in enumerate(zip(grid.ravel(), panels, strict=False)):
         low, high = math.inf, 0.0
         for run in runs:
             if run.data is None or key not in run.data or (name and name not in np.asarray(run.data["variable"])):
@@ -601,10 +882,14 @@ def conservation_figure(folder: Folder) -> "Figure | None":
         for limit in limits:
             axes.axhline(limit, **LIMIT)
         limited = limited or bool(limits)
+        # where all is exactly zero there is nothing but the limit
+        low = min(limits, default=1e-15) / 1e3 if math.isinf(low) else low
         low, high = min([low, 1.0, *limits]), min(max([high, 1e-17, *limits]), 1e3)
         axes.set_ylim(max(low, 1e-18) / 4, high * 4)
         axes.set_title(f"drift of Σ{_plain(name)}, relative" if name else "max |∇·u| Δx / max |u|")
-        axes.set_xlabel(_time_label(folder))
+        if i >= len(panels) - columns:
+            axes.set_xlabel(_time_label(folder))
+            axes.tick_params(labelbottom=True)
     handles = _handles(runs, reference=None)
     _legend(figure, [*handles, Line2D([], [], **LIMIT, label="limit of the checks")] if limited else handles, 9.2)
     return figure
@@ -706,25 +991,37 @@ def cost_figure(folder: Folder) -> "Figure | None":
     return figure
 
 
+def _series_keys(folder: Folder) -> list[tuple[str, str]]:
+    """Names of the series in the files that the page follows over time, and how it calls them."""
+    if folder.ndim == 1:
+        return [("mean_square", "⟨u²⟩"), ("mean_square_slope", "⟨uₓ²⟩"), ("mean_square_curvature", "⟨uₓₓ²⟩")]
+    keys = [("energy", "kinetic energy ½⟨|u|²⟩"), ("enstrophy", "enstrophy ½⟨|ω|²⟩")]
+    equation = folder.config.get("equation")
+    decaying = isinstance(equation, Mapping) and not equation.get("forcing") and not folder.walls
+    return [*keys, ("energy_rate", "dissipation −dE/dt")] if decaying else keys
+
+
 def energy_figure(folder: Folder) -> "Figure | None":
-    """½⟨|u|²⟩ and ½⟨|ω|²⟩ over time beside the reference under the same filter: a column per filter."""
-    runs = [r for r in folder.runs if r.data is not None and "energy" in r.data]
-    groups = [g for g in folder.groups if "energy" in folder.references[g]] or ([""] if runs else [])
+    """½⟨|u|²⟩, ½⟨|ω|²⟩ and, in a decaying flow, −dE/dt (1D: ⟨u²⟩, ⟨uₓ²⟩, ⟨uₓₓ²⟩) over time beside the reference under the same
+    filter: a column per filter.
+    """
+    keys = _series_keys(folder)
+    runs = [r for r in folder.runs if r.data is not None and keys[0][0] in r.data]
+    groups = [g for g in folder.groups if keys[0][0] in folder.references[g]] or ([""] if runs else [])
     if not runs:
         return None
-    keys = [("energy", "kinetic energy ½⟨|u|²⟩")]
-    if any("enstrophy" in r.data for r in runs):  # pyright: ignore[reportOperatorIssue]
-        keys.append(("enstrophy", "enstrophy ½⟨|ω|²⟩"))
+    keys = [(key, title) for key, title in keys if any(r.data is not None and key in r.data for r in runs)]
     width = 9.2 if len(groups) > 1 else 6.4
-    figure = _figure(width, 2.3 * len(keys) + 0.6)
+    figure = _figure(width, (2.3 if len(keys) < 3 else 1.75) * len(keys) + 0.6)
     panels = figure.subplots(len(keys), len(groups), squeeze=False, sharex=True, sharey="row")
+    marks: list[tuple[int, Axes, np.ndarray, np.ndarray, str]] = []
     for column, group in enumerate(groups):
         for row, (key, title) in enumerate(keys):
             axes = panels[row, column]
             low, high = [], []
             if group and key in folder.references[group]:
                 truth = folder.references[group][key]
-                values = _sample_mean(truth)
+                values = (-1 if key == "energy_rate" else 1) * _sample_mean(truth)
                 axes.plot(truth["time"], values, color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
                 low.append(np.nanmin(values))
                 high.append(np.nanmax(values))
@@ -732,17 +1029,17 @@ def energy_figure(folder: Folder) -> "Figure | None":
                 if run.data is None or key not in run.data:
                     continue
                 times, values = np.asarray(run.data["time"], dtype=np.float64), _sample_mean(run.data[key])
-                values = np.where(values < 10 * max([*high, 1e-300]), values, np.nan) if high else values
+                values = -values if key == "energy_rate" else values
+                values = np.where(np.abs(values) < 10 * max([*high, 1e-300]), values, np.nan) if high else values
                 axes.plot(times, values, **run.line)
-                _end_mark(axes, times, values, run.colour)
+                marks.append((row, axes, times, values, run.colour))
                 if not run.diverged and np.isfinite(values).any():
                     low.append(np.nanmin(values))
                     high.append(np.nanmax(values))
             if column == 0:
                 axes.set_ylabel(title.replace(" ½", "\n½"))
             if row == 0 and group:
-                size = " × ".join(str(n) for n in _layout(folder.references[group])[0].shape)
-                axes.set_title(f"{size} {str(group).rpartition('_')[0].replace('_', ' ')}")
+                axes.set_title(_place_name(folder, group))
             if row == len(keys) - 1:
                 axes.set_xlabel(_time_label(folder))
             axes.set_xlim(0 if len(groups) else None, folder.window_end)
@@ -753,7 +1050,12 @@ def energy_figure(folder: Folder) -> "Figure | None":
         ceiling = 2.5 * max(
             (np.nanmax(line.get_ydata()) for axes in panels[row] for line in axes.lines[:1]), default=float(np.nanmax(values))
         )
-        panels[row, 0].set_ylim(0, min(1.12 * float(np.nanmax(values)), ceiling))
+        top = min(1.12 * float(np.nanmax(values)), ceiling)
+        low = min(0.0, 1.12 * float(np.nanmin(values))) if keys[row][0] == "energy_rate" else 0.0
+        panels[row, 0].set_ylim(max(low, -top), top or 1.0)
+        for at, axes, times, line, colour in marks:
+            if at == row:
+                _end_mark(axes, times, np.clip(line, *axes.get_ylim()), colour)
     _legend(figure, _handles(runs, reference="reference, same filter" if groups != [""] else None), width)
     return figure
 
@@ -880,20 +1182,26 @@ def _png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-COLUMNS = (
-    ("run",),
-    ("grid, solver",),
-    ("closure",),
-    ("dt",),
-    ("t95",),
-    ("t80",),
-    ("spectrum", "error"),
-    ("drift",),
-    ("divergence", "[U/Δx]"),
-    ("seconds per", "unit time"),
-    ("× faster than", "reference"),
-    ("outcome",),
-)
+COLUMNS = {
+    "dt": ("dt",),
+    "t95": ("t95",),
+    "t80": ("t80",),
+    "spectrum_error": ("spectrum", "error"),
+    "statistics_error": ("statistics", "error"),
+    "drift": ("drift",),
+    "divergence_max": ("divergence", "[U/Δx]"),
+    "seconds": ("seconds per", "unit time"),
+    "speed": ("× faster than", "reference"),
+}
+
+
+def _columns(folder: Folder) -> list[str]:
+    """Keys of the columns of numbers: those that say something about these runs."""
+    gone = [set(r.numbers.get("not_defined") or ()) for r in folder.runs]
+    nowhere = set.intersection(*gone) if gone else set()
+    if not _judges_statistics(folder.summary, folder.config):
+        nowhere.add("statistics_error")
+    return [key for key in COLUMNS if key not in nowhere]
 
 
 def _cell(text: str, rank: float | None = None, interval: str = "") -> dict[str, Any]:
@@ -903,7 +1211,7 @@ def _cell(text: str, rank: float | None = None, interval: str = "") -> dict[str,
 
 def _rows(folder: Folder) -> list[dict[str, Any]]:
     """One line of the table per run, the best of each column marked."""
-    cost = _reference_cost(folder)
+    cost, columns = _reference_cost(folder), _columns(folder)
     rows = []
     for run in folder.runs:
         n = run.numbers
@@ -924,17 +1232,17 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
             return _cell(text, value, ranges.get(key, ""))
 
         speed = cost / seconds if cost and seconds else None
-        error = n.get("spectrum_error")
-        cells = [
-            _cell(_number(n.get("dt"), 4)),
-            time_cell("t95"),
-            time_cell("t80"),
-            _cell(_number(error, 2), None if error is None else -error),
-            _cell(_number(max(drifts) if drifts else None, 2)),
-            _cell(_number(n.get("divergence_max"), 2)),
-            _cell(_number(seconds), -seconds if seconds else None),
-            _cell(_number(speed, 2), speed),
-        ]
+        errors = {key: n.get(key) for key in ("spectrum_error", "statistics_error")}
+        cells = {
+            "dt": _cell(_number(n.get("dt"), 4)),
+            "t95": time_cell("t95"),
+            "t80": time_cell("t80"),
+            **{key: _cell(_number(error, 2), None if error is None else -error) for key, error in errors.items()},
+            "drift": _cell(_number(max(drifts) if drifts else None, 2)),
+            "divergence_max": _cell(_number(n.get("divergence_max"), 2)),
+            "seconds": _cell(_number(seconds), -seconds if seconds else None),
+            "speed": _cell(_number(speed, 2), speed),
+        }
         outcome = str(n.get("outcome", "finished"))
         rows.append(
             {
@@ -943,12 +1251,12 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
                 "colour": run.colour,
                 "solver": _bound(_solver(run.config)),
                 "closure": ", ".join(_named(c) for c in run.config.get("corrections") or ()) or "none",
-                "cells": cells,
+                "cells": [cells[key] for key in columns],
                 "outcome": _bound(outcome),
                 "diverged": run.diverged,
             }
         )
-    for column in range(len(COLUMNS) - 4):
+    for column in range(len(columns)):
         scores = [r["cells"][column]["rank"] for r in rows if not r["diverged"]]
         scores = [s for s in scores if s is not None and math.isfinite(s)]
         for row in rows if len(rows) > 1 else ():
@@ -965,8 +1273,8 @@ def _reference_row(folder: Folder) -> dict[str, Any] | None:
     settings = folder.config.get("reference") or {}
     solver = settings.get("solver") or ""
     solver = solver.get("use", "") if isinstance(solver, Mapping) else solver
-    cells = [_cell("") for _ in range(len(COLUMNS) - 4)]
-    cells[0]["text"], cells[6]["text"] = _number(reference.get("dt"), 4), _number(_reference_cost(folder))
+    stated = {"dt": _number(reference.get("dt"), 4), "seconds": _number(_reference_cost(folder))}
+    cells = [_cell(stated.get(key, "")) for key in _columns(folder)]
     until = folder.converged_until
     outcome = f"converged to t\u00a0=\u00a0{_number(until)}" if until is not None else ""
     solver = _bound(f"{shape} {str(solver).replace('_', ' ')}".strip())
@@ -985,6 +1293,12 @@ def _setting(folder: Folder) -> str:
         parts.append(
             name + (f", viscosity {viscosity}" if viscosity is not None else "") + (f", {forced} forcing" if forced else "")
         )
+    if folder.ndim == 1 and folder.box is not None:
+        parts.append(f"L = {_number(folder.box.lengths[0])}")
+    if folder.walls and folder.box is not None:
+        parts.append("between walls" if not any(folder.box.periodic) else "with walls")
+    if folder.scalars:
+        parts.append(f"passive scalar{'s' if len(folder.scalars) > 1 else ''} {', '.join(folder.scalars)}")
     sizes = [r.data.sizes.get("sample") for r in folder.runs if r.data is not None]
     if sizes:
         parts.append(f"{sizes[0]} starts" if sizes[0] != 1 else "one start")
@@ -1019,44 +1333,105 @@ def _provenance(folder: Folder) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in found if value]
 
 
-def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
-    """(name, title, caption, figure) of every figure that the folder has data for."""
+def _caption_words(folder: Folder) -> dict[str, str]:
+    """What the captions say differently of a line, a box with walls, three dimensions, scalars and decay."""
     modes = next(
         (r.data["correlation"].attrs.get("modes") for r in folder.runs if r.data is not None and "correlation" in r.data), None
     )
-    band = f" on the modes |n| ≤ {modes} per axis" if modes is not None else ""
     window = ""
     for run in folder.runs:
-        if run.data is not None and "window" in run.data.get("spectrum", xr.DataArray()).attrs:
+        if run.data is not None and "spectrum" in run.data and "window" in run.data["spectrum"].attrs:
             start, end = np.atleast_1d(run.data["spectrum"].attrs["window"])
             window = f" over t = {_number(float(start))} … {_number(float(end))}"
             break
+    data = [r.data for r in folder.runs if r.data is not None]
+    drifts = any("drift" in d for d in data)
+    divergence = any("divergence_max" in d for d in data)
+    several = any(d.sizes.get("sample", 1) > 1 for d in data)
+    per_axis = " per axis" if folder.ndim > 1 else ""
+    rate = any(key == "energy_rate" for key, _ in _series_keys(folder)) and any("energy_rate" in d for d in data)
+    drift = (
+        "Drift is the change of the sum, less what forcing and drag are known to add, over Σ|u| at the start. "
+        "A line that leaves a panel downwards is exactly zero; "
+    )
+    if folder.scalars and drifts:
+        drift = drift.replace("Σ|u| at the start", "Σ|u| (scalars: Σ|c|) at the start")
+    return {
+        "band": f" on the modes |n| ≤ {modes}{per_axis}" if modes is not None else "",
+        "window": window,
+        "compared": "u" if folder.ndim == 1 else "Vorticity",
+        "vorticity": "Vorticity along z of the first start" if folder.ndim == 3 else "Vorticity of the first start",
+        "plane": " Shown on the plane in the middle of the box, normal to z." if folder.ndim == 3 else "",
+        "differences": " Differences of the velocities at the cell centres, one-sided at walls." if folder.walls else "",
+        "error": "over starts" if several else "over blocks of time, where the window holds enough of them",
+        "conservation": " and ".join(["Conservation"] * drifts + ["divergence"] * divergence).capitalize(),
+        "drift": f"Largest over the starts. {drift if drifts else ''}× ends a diverged run.",
+        "series": "Mean squares of u and its derivatives"
+        if folder.ndim == 1
+        else f"Energy{',' if rate else ' and'} enstrophy" + (" and dissipation" if rate else ""),
+        "rate": " −dE/dt by differences between frames." if rate else "",
+    }
+
+
+def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
+    """(name, title, caption, figure) of every figure that the folder has data for."""
+    words = _caption_words(folder)
+    compared, window = words["compared"], words["window"]
     recipes = (
         (
+            "spacetime",
+            "u of the first start in space and time",
+            "Time runs to the right, x upwards; one colour scale throughout. Each run stands under the reference with its own "
+            "filter; the black line is where the correlation of this start falls below 0.95."
+            + (" Later times are left out." if folder.early_end != folder.window_end else ""),
+            spacetime_figure,
+        ),
+        (
             "vorticity",
-            "Vorticity of the first start",
-            f"One colour scale throughout; ρ is the correlation of this start with its filtered reference{band}.",
+            words["vorticity"],
+            "One colour scale throughout; ρ is the correlation of this start with its filtered reference"
+            + f"{words['band']}.{words['plane']}{words['differences']}",
             vorticity_figure,
+        ),
+        (
+            "scalar",
+            f"Scalar {folder.scalars[0]} of the first start" if folder.scalars else "",
+            f"One colour scale throughout.{words['plane']}",
+            scalar_figure,
         ),
         (
             "correlation",
             "Correlation with the reference over time",
-            f"Vorticity{band}, each run against the reference under its own filter. Lines: mean over starts; "
-            "bands: smallest to largest; dots: t95 and t80; dashed: bare runs; a run that diverges counts as 0 from then on.",
+            f"{compared}{words['band']}, each run against the reference under its own filter. Lines: mean over starts; "
+            "bands: smallest to largest; dots: t95 and t80; dashed: bare runs; a run that diverges counts as 0 from then on."
+            + (" Later times are left out." if folder.early_end != folder.window_end else ""),
             correlation_figure,
         ),
         (
             "spectra",
-            "Compensated spectra against the reference",
+            "Spectra against the reference" if folder.ndim == 1 else "Compensated spectra against the reference",
             f"Mean over starts and{window or ' time'}; the reference has the same filter as the runs beside it. "
             "The grey band, above two thirds of Nyquist, does not enter the spectrum error.",
             spectrum_figure,
         ),
         (
+            "distribution",
+            "Distribution of u" if folder.ndim == 1 else "Distribution of the vorticity",
+            f"{'Values' if folder.ndim == 1 else 'All three components'} at all points, over starts and{window or ' time'}; the "
+            "reference has the same filter as the runs beside it.",
+            distribution_figure,
+        ),
+        (
+            "statistics",
+            "Means against the reference",
+            f"Relative to the reference under the same filter, over starts and{window or ' time'}. Bars, and grey bands for the "
+            f"reference: one standard error, {words['error']}. Hollow: bare runs. Runs that diverged are left out.",
+            statistics_figure,
+        ),
+        (
             "conservation",
-            "Conservation and divergence",
-            "Largest over the starts. Drift is the change of the sum, less what forcing and drag are known to add, "
-            "over Σ|u| at the start. A line that leaves a panel downwards is exactly zero; × ends a diverged run.",
+            words["conservation"],
+            words["drift"],
             conservation_figure,
         ),
         (
@@ -1067,8 +1442,8 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
         ),
         (
             "energy",
-            "Energy and enstrophy",
-            "Means over starts, beside the reference under the same filter; × ends a diverged run.",
+            words["series"],
+            "Means over starts, beside the reference under the same filter; × ends a diverged run." + words["rate"],
             energy_figure,
         ),
         (
@@ -1111,18 +1486,25 @@ def write_report(folder: Path) -> Path:
     )
     checks = sorted(found.summary.get("checks", []), key=lambda c: bool(c.get("passed")))
     intervals = any(r.data is not None and r.data.sizes.get("sample", 1) >= 8 for r in found.runs)
+    columns = _columns(found)
+    sentences = {
+        "spectrum_error": " Spectrum error: mean |ln E/E_ref| to two thirds of Nyquist.",
+        "statistics_error": f" Statistics error: largest relative error of {_statistics_words(found.config)}.",
+        "drift": " Drift: largest over variables.",
+    }
     note = (
         "t95, t80: first time the mean correlation falls below 0.95, 0.80 (≥: not within the window)"
         + ("; below them the 90 % bootstrap interval over starts" if intervals else "")
-        + ". Spectrum error: mean |ln E/E_ref| to two thirds of Nyquist. Drift: largest over variables. Cost: after compilation. "
-        "Bold: best of the runs that finished."
+        + "."
+        + "".join(text for key, text in sentences.items() if key in columns)
+        + " Cost: after compilation. Bold: best of the runs that finished."
     )
     page = environment.get_template("report.html.j2").render(
         name=str(found.summary.get("title") or found.summary.get("name", found.path.name)),
         verdict=_bound(verdict(found.summary, found.config)),
         passed=all(c.get("passed") for c in checks),
         setting=_setting(found),
-        columns=COLUMNS,
+        columns=[("run",), ("grid, solver",), ("closure",), *(COLUMNS[key] for key in columns), ("outcome",)],
         rows=_rows(found),
         reference_row=_reference_row(found),
         table_note=note,

@@ -1,4 +1,4 @@
-"""The report of a made-up experiment: two solvers, five runs, one of which diverges half way."""
+"""The report of made-up experiments: two solvers, five runs, one of which diverges half way; and one of every other family."""
 
 import base64
 import html.parser
@@ -8,10 +8,16 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
+import yaml
 
 from hybridsim import diagnostics, report
 from hybridsim.contract import Variable
+from hybridsim.experiment import _pdf
 from hybridsim.grid import Grid
+from hybridsim.solvers.finite_volume import StaggeredFiniteVolume
+from hybridsim.solvers.incompressible import NavierStokes
+from hybridsim.solvers.kuramoto_sivashinsky import FiniteVolumeKS, KuramotoSivashinsky, SpectralKS
+from hybridsim.solvers.spectral import Spectral2D, Spectral3D
 
 TWO_PI = 2 * np.pi
 FINE = Grid((64, 64), (TWO_PI, TWO_PI))
@@ -272,17 +278,17 @@ def words_on(figure):
                     yield from (label for label in (tick.label1, tick.label2) if label.get_visible())
 
 
-def test_words_on_figures_do_not_overlap(folder):
+def assert_words_stay_apart(found):
+    """No text on a figure leaves the paper or lies on another one."""
     import matplotlib
 
-    found = report.read_folder(folder)
     with matplotlib.rc_context(report.STYLE):
         for name, _, _, figure in report._figures(found):
             figure.draw_without_rendering()
             renderer = figure.canvas.get_renderer()
             words = [w for w in words_on(figure) if w.get_visible() and w.get_text().strip()]
             boxes = [(w.get_text(), w.get_window_extent(renderer).padded(-1)) for w in words]
-            assert len(boxes) > 8, name
+            assert len(boxes) > 6, name
             for i, (first, a) in enumerate(boxes):
                 assert figure.bbox.x0 - 1 <= a.x0, (name, first)
                 assert a.x1 <= figure.bbox.x1 + 1, (name, first)
@@ -290,6 +296,10 @@ def test_words_on_figures_do_not_overlap(folder):
                 assert a.y1 <= figure.bbox.y1 + 1, (name, first)
                 for second, b in boxes[i + 1 :]:
                     assert not a.overlaps(b), (name, first, second)
+
+
+def test_words_on_figures_do_not_overlap(folder):
+    assert_words_stay_apart(report.read_folder(folder))
 
 
 def test_runs_keep_their_colours(folder):
@@ -392,3 +402,209 @@ def test_matplotlib_is_imported_late():
 
     code = "import sys, hybridsim.report; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Lines, three dimensions, walls, scalars
+
+LINE = KuramotoSivashinsky()
+FLOW = NavierStokes(0.01)
+DYED = NavierStokes(0.01, None, {"dye": 0.01, "heat": 0.02})
+FAMILIES = {
+    "line": ((100.0,), (), (128,), {"spectral_48": SpectralKS, "finite_volume_64": FiniteVolumeKS}, LINE),
+    "box": ((TWO_PI,) * 3, (), (12, 12, 12), {"spectral_8x8x8": Spectral3D, "finite_volume_6x6x6": StaggeredFiniteVolume}, FLOW),
+    "walls": ((4.0, 1.0), ("periodic", "no_slip"), (32, 16), {"finite_volume_16x8": StaggeredFiniteVolume}, FLOW),
+    "scalar": ((2.0, 3.0), (), (32, 48), {"spectral_16x24": Spectral2D, "finite_volume_8x12": StaggeredFiniteVolume}, DYED),
+}
+USUAL = {"correlation", "conservation", "cost", "energy", "convergence"}
+FIGURES = {
+    "line": USUAL | {"spacetime", "spectra", "distribution", "statistics"},
+    "box": USUAL | {"vorticity", "spectra", "distribution", "statistics"},
+    "walls": USUAL | {"vorticity", "statistics"},
+    "scalar": USUAL | {"vorticity", "scalar", "spectra", "statistics"},
+}
+
+
+def waves(solver, seed, samples, times):
+    """Travelling waves, the same on every grid: `(sample, time, c, *grid)`."""
+    rng, grid = np.random.default_rng(seed), solver.grid
+    reach = 10 if grid.ndim == 1 else 2
+    out = np.zeros((samples, times.size, len(solver.variables), *grid.shape))
+    for sample in range(samples):
+        for c, variable in enumerate(solver.variables):
+            for _ in range(8):
+                n, phase = rng.integers(1, reach, grid.ndim, endpoint=True), rng.uniform(0, TWO_PI)
+                x = sum(TWO_PI * m * q / length for m, q, length in zip(n, grid.mesh(variable.at), grid.lengths, strict=True))
+                turn = rng.normal() * 0.1
+                out[sample, :, c] += np.cos(x + phase + turn * times.reshape(-1, *(1,) * grid.ndim))
+    return out
+
+
+def make_family(path, family, *, samples=2):
+    """A run's folder: per filter a bare run that loses the reference slowly and, in the first, one that diverges."""
+    lengths, boundaries, fine_shape, solvers, equation = FAMILIES[family]
+    times = np.linspace(0, 200 if family == "line" else 5, 41)
+    end, reference, runs, settings = float(times[-1]), path / "reference.nc", {}, {}
+    for i, (group, make) in enumerate(solvers.items()):
+        shape = [int(n) for n in group.rpartition("_")[2].split("x")]
+        solver = make(Grid(shape, lengths, boundaries), equation)
+        grid, variables = solver.grid, solver.variables
+        truth, other = waves(solver, 1, samples, times), waves(solver, 2, samples, times)
+        known = diagnostics.field_dataset(truth, times, grid, variables)
+        known = diagnostics.with_diagnostics(known, grid, variables, solver=solver, statistics_from=end / 2)
+        values = diagnostics.compared_field(truth, grid, variables, solver)
+        known = known.assign(pdf=_pdf(values, solver))
+        known.to_netcdf(reference, mode="w" if i == 0 else "a", group=group)
+        for label in [f"bare_{i}", "wild"] if i == 0 else [f"bare_{i}"]:
+            angle = np.minimum(np.pi / 2, (times / end * (4 + 2 * i)) ** 2 / 3).reshape(-1, *(1,) * (grid.ndim + 1))
+            u = np.cos(angle) * truth + np.sin(angle) * other
+            outcome = "finished"
+            if label == "wild":
+                u[:, 12:14] *= 1e4
+                u[:, 14:] = np.nan
+                outcome = "diverged at t = 1.7"
+            attrs = {"label": label, "reference_group": group, "outcome": outcome}
+            ds = diagnostics.field_dataset(u.astype(np.float32), times, grid, variables, attrs)
+            ds = diagnostics.with_diagnostics(ds, grid, variables, solver=solver, reference=known, modes=3, statistics_from=end / 2)
+            values = diagnostics.compared_field(u, grid, variables, solver)
+            ds.assign(pdf=_pdf(values, solver, known["pdf"])).to_netcdf(path / f"{label}.nc")
+            found = {level: diagnostics.t_correlated(times, ds["correlation"].values, level) for level in (0.95, 0.8)}
+            gone = {
+                key: "of a reason"
+                for key, name in (("spectrum_error", "spectrum"), ("divergence_max", "divergence_max"), ("drift", "drift"))
+                if name not in ds
+            }
+            good = label != "wild"
+            row = {"mean": 1.1, "standard_error": 0.02 * samples if samples > 1 else None, "reference": 1.0, "difference": 0.1}
+            row["reference_standard_error"] = row["standard_error"]
+            names = [name for name in report.STATISTICS if name in ds] + [f"scalar_variance:{c}" for c in ("dye",) if c in ds]
+            bad = dict.fromkeys(row)
+            runs[label] = {
+                "outcome": outcome,
+                "t95": found[0.95].time,
+                "t95_at_least": found[0.95].at_least,
+                "t80": found[0.8].time,
+                "t80_at_least": found[0.8].at_least,
+                "spectrum_error": 0.1 if good and "spectrum" in ds else None,
+                "statistics": dict.fromkeys(names, row if good else bad),
+                "statistics_error": 0.1 if good else None,
+                "wasserstein": 0.05 if good else None,
+                "drift": {str(v): 1e-7 for v in ds["variable"].values} if "drift" in ds else {},
+                "divergence_max": 1e-6 if "divergence_max" in ds else None,
+                "not_defined": gone,
+                "seconds_per_unit_time": 0.01 * (1 + i),
+                "dt": 0.1,
+            }
+            settings[label] = {"solver": group.rpartition("_")[0], "shape": shape}
+    solver = make(Grid(fine_shape, lengths, boundaries), equation)
+    fine = diagnostics.field_dataset(waves(solver, 1, 1, times[::10]), times[::10], solver.grid, solver.variables)
+    fine = diagnostics.with_vorticity(fine, solver.grid, solver.variables, solver)
+    fine.to_netcdf(reference, mode="a", group="fine")
+    half = xr.Dataset({"correlation": (("sample", "time"), 1 - 1e-5 * (1 + times[None]) ** 2)}, {"time": times})
+    half.assign_attrs(converged_until=0.8 * end).to_netcdf(reference, mode="a", group="convergence")
+    config = {
+        "equation": {"use": "some_equation"} | ({"scalars": dict(equation.scalars)} if family == "scalar" else {}),
+        "domain": {"lengths": list(lengths), "boundaries": list(boundaries)},
+        "runs": settings,
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (path / "summary.json").write_text(json.dumps({"name": family, "runs": runs, "checks": []}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    path = make_family(tmp_path_factory.mktemp(request.param), request.param)
+    report.write_report(path)
+    return request.param, path
+
+
+def test_every_family_has_its_figures(family):
+    from matplotlib.image import imread
+
+    name, path = family
+    files = list((path / "figures").glob("*.png"))
+    assert {f.stem for f in files} == FIGURES[name]
+    for file in files:
+        picture = imread(file)[..., :3]
+        assert 600 < picture.shape[1] < 2400, file.name
+        assert (picture.min(axis=-1) < 0.8).mean() > 0.004, file.name
+        edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        assert (edge > 0.99).all(), file.name
+
+
+def test_words_stay_apart_in_every_family(family):
+    assert_words_stay_apart(report.read_folder(family[1]))
+
+
+def test_captions_tell_the_truth(family):
+    name, path = family
+    text = " ".join(Page((path / "report.html").read_text(encoding="utf-8")).text).replace("\u00a0", " ")
+    says = {
+        "line": ("Time runs to the right", "u on the modes |n| ≤ 3,", "mean squares of u, uₓ and uₓₓ", "Distribution of u"),
+        "box": ("normal to z", "Vorticity on the modes |n| ≤ 3 per axis", "Energy, enstrophy and dissipation", "divergence"),
+        "walls": ("one-sided at walls", "Vorticity, each run", "mean energy and enstrophy", "with walls"),
+        "scalar": ("Scalar dye of the first start", "passive scalars dye, heat", "scalar variance", "Compensated spectra"),
+    }
+    says_not = {
+        "line": ("vorticity", "Vorticity", "divergence", "Compensated", "per axis", "enstrophy"),
+        "box": ("walls", "scalar", "Time runs"),
+        "walls": ("|n|", "spectra", "Spectrum error", "dissipation"),
+        "scalar": ("walls", "normal to z"),
+    }
+    for part in says[name]:
+        assert part in text, part
+    for part in says_not[name]:
+        assert part not in text, part
+    assert "diverged at t = 1.7" in text
+    assert "10 %" in text
+
+
+def test_columns_are_those_that_say_something(family):
+    name, path = family
+    found = report.read_folder(path)
+    usual = ["dt", "t95", "t80", "spectrum_error", "statistics_error", "drift", "divergence_max", "seconds", "speed"]
+    without = {"line": {"divergence_max"}, "walls": {"spectrum_error"}}.get(name, set())
+    if name == "walls":
+        without = without | ({"drift"} if "drift" in found.runs[0].numbers["not_defined"] else set())
+    assert report._columns(found) == [key for key in usual if key not in without]
+    assert all(len(row["cells"]) == len(report._columns(found)) for row in report._rows(found))
+
+
+@pytest.mark.parametrize("name", ["line", "box"])
+def test_one_start_is_enough(tmp_path, name):
+    """One start has no standard error, and nothing fails for want of it."""
+    found = report.read_folder(make_family(tmp_path, name, samples=1))
+    assert {figure[0] for figure in report._figures(found)} == FIGURES[name]
+
+
+def test_a_flat_box_keeps_its_proportions(tmp_path):
+    found = report.read_folder(make_family(tmp_path, "walls", samples=1))
+    figure = report.vorticity_figure(found)
+    pictures = [axes for axes in figure.axes if axes.images]
+    assert pictures
+    for axes in pictures:
+        box = axes.get_position()
+        ratio = box.width * figure.get_figwidth() / (box.height * figure.get_figheight())
+        assert ratio == pytest.approx(4.0, rel=0.01)
+
+
+def test_the_kolmogorov_page_says_nothing_new(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    for part in ("statistics", "Statistics error", "dissipation", "Distribution"):
+        assert part not in text.partition("<pre>")[0], part
+    columns = ["dt", "t95", "t80", "spectrum_error", "drift", "divergence_max", "seconds", "speed"]
+    assert report._columns(report.read_folder(folder)) == columns
+
+
+def test_verdict_on_statistics():
+    config = {"domain": {"lengths": [22.0]}, "runs": {r: {"solver": "spectral", "shape": [32]} for r in SUMMARY["runs"]}}
+    errors = {"bare": 0.25, "eddy": None, "learned": 0.013}
+    runs = {label: numbers | {"statistics_error": errors[label]} for label, numbers in SUMMARY["runs"].items()}
+    text = report.verdict({"runs": runs, "checks": []}, config)
+    assert text.endswith("Largest error of the mean squares of u, uₓ and uₓₓ: learned 1.3 %, bare 25 %.")
+    plane = config | {"domain": {"lengths": [1.0, 1.0], "boundaries": ["periodic", "periodic"]}}
+    assert "error of" not in report.verdict({"runs": runs, "checks": []}, plane)
+    asked = [{"name": "statistics_error", "run": "bare", "passed": True}]
+    assert "mean energy and enstrophy: learned" in report.verdict({"runs": runs, "checks": asked}, plane)
+    walls = config | {"domain": {"lengths": [1.0, 1.0], "boundaries": ["periodic", ["no_slip", "free_slip"]]}}
+    assert "mean energy and enstrophy: learned" in report.verdict({"runs": runs, "checks": []}, walls)
