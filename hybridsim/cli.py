@@ -44,13 +44,16 @@ def _console() -> "Console":
 
 
 def _start_jax() -> None:
-    """Double precision before anything is traced; no warning about GPUs that are not there."""
+    """Double precision and all cores before anything is traced; no warning about GPUs that are not there."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name in ("jax._src.xla_bridge", "jax._src.hardware_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import jax
 
+    from hybridsim.samples import use_all_cores
+
     jax.config.update("jax_enable_x64", True)
+    use_all_cores()
 
 
 def _one_line(text: object) -> str:

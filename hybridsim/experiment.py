@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridsim import diagnostics, storage
+from hybridsim import diagnostics, statistics, storage
 from hybridsim.contract import AbstractSolver
-from hybridsim.model import Model, Prepared, frames_of
+from hybridsim.model import MOST_STEPS, Model, Prepared, adaptive_steps, frames_of
 from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError, Frames, make_frames, sample_keys
+from hybridsim.samples import gathered, over_samples
 from hybridsim.signals import STOP
 from hybridsim.train import parameters
 from hybridsim.yaml_reader import ConfigError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 HALF = "half resolution"
 PICTURES = 6
+PDF_BINS = 100
+MOST_VALUES = 2**22
 TIMING_ROUNDS = 3
 
 
@@ -64,6 +67,9 @@ class Result:
     compile_seconds: float = 0.0
     latency: float = math.nan
     done: int = 0
+    steps_taken: float = math.nan
+    """Solver steps from the start to the end, the mean over samples where they differ."""
+    smallest_dt: float = math.nan
 
     @property
     def outcome(self) -> str:
@@ -187,13 +193,14 @@ def _prepare(model: Model, dtype: Any) -> Prepared:
 
 @eqx.filter_jit
 def _chunk(model: Model, prepared: Prepared, state: Any, frames: int, every: int) -> tuple[Any, Any]:
-    """`frames` frames of every sample: one sample after another on CPU, all at once elsewhere."""
+    """`frames` frames of every sample."""
 
-    def one(state):
+    def one(shared, state):
+        model, prepared = shared
         z, carry, step = state
         return frames_of(model, prepared, z, carry, step, frames, every, 0, _observe)
 
-    return jax.lax.map(one, state) if jax.default_backend() == "cpu" else jax.vmap(one)(state)
+    return over_samples(one, (model, prepared), state)
 
 
 def _chunk_length(frames: int) -> int:
@@ -203,21 +210,62 @@ def _chunk_length(frames: int) -> int:
 
 def _locate(model: Model, state: Any, sample: int, frames: int, every: int) -> Blowup:
     """Steps one sample again from the last good chunk boundary, one model step at a time, to where it first is not finite."""
-    z, carry, step = jax.tree.map(lambda a: a[sample], state)
-    prepared = _prepare(model, carry["start"].dtype)
+    current = jax.tree.map(lambda a: a[sample], state)
+    prepared = _prepare(model, current[1]["start"].dtype)
+    compiled = eqx.filter_jit(lambda p, q: p.solver.decode(q))
+    decode = lambda z: np.asarray(compiled(prepared, z))  # noqa: E731
+    if model.courant is not None:
+        return _locate_adaptive(model, prepared, current, sample, frames, every, decode)
     one = eqx.filter_jit(lambda m, p, s: m(*s, p))
-    decode = eqx.filter_jit(lambda p, q: p.solver.decode(q))
-    current = (z, carry, step)
     for _ in range(frames * every):
         current = one(model, prepared, current)
-        u = np.asarray(decode(prepared, current[0]))
+        u = decode(current[0])
         if not np.isfinite(u).all():
             break
-    bad = np.argwhere(~np.isfinite(u))
-    first = bad[0] if len(bad) else np.zeros(u.ndim, int)
     count = int(current[2])
-    name = model.solver.variables[int(first[0])].name
-    return Blowup(sample, count, count * model.step_time, name, tuple(int(i) for i in first[1:]))
+    return _blowup(model, sample, count, count * model.step_time, ~np.isfinite(u))
+
+
+def _blowup(model: Model, sample: int, step: int, t: float, bad: np.ndarray) -> Blowup:
+    """A `Blowup` at the first cell that is `bad`."""
+    first = np.unravel_index(int(bad.argmax()), bad.shape)
+    return Blowup(sample, step, t, model.solver.variables[int(first[0])].name, tuple(int(i) for i in first[1:]))
+
+
+def _locate_adaptive(
+    model: Model, prepared: Prepared, current: Any, sample: int, frames: int, every: int, decode: Callable[[Any], np.ndarray]
+) -> Blowup:
+    """The same where the steps of an interval are not known beforehand: bisection of their number in the bad interval.
+
+    A flow that was given up because its steps became too small is bad where it is fastest.
+    """
+    part = eqx.filter_jit(lambda m, p, s, most: adaptive_steps(m, p, s[0], s[1], s[2], every, most))
+
+    def after(steps: int) -> tuple[Any, Any, Any]:
+        return part(model, prepared, current, jnp.asarray(steps, jnp.int32))
+
+    high = 2 * max(MOST_STEPS, 2 * every)
+    for _ in range(frames):
+        z, carry, _ = after(high)
+        if not np.isfinite(decode(z)).all():
+            break
+        current = (z, carry, current[2] + every)
+    low, high = 0, int(carry["steps_taken"]) - int(current[1]["steps_taken"]) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if np.isfinite(decode(after(middle)[0])).all():
+            low = middle
+        else:
+            high = middle
+    z, carry, remaining = after(high)
+    u = decode(z)
+    bad = ~np.isfinite(u)
+    last, before, left = after(low)
+    if int(carry["steps_taken"]) == int(before["steps_taken"]):
+        speed = np.abs(decode(last))
+        bad, remaining = speed == speed.max(), left
+    t = (int(current[2]) + every) * model.step_time - float(remaining)
+    return _blowup(model, sample, int(carry["steps_taken"]), t, bad)
 
 
 def _run_one(
@@ -279,7 +327,7 @@ def _run_one(
             u[sample, span][good[sample]] = chunk[sample][good[sample]]
             total = np.asarray(high[sample], np.float64) + np.asarray(low[sample], np.float64)
             ledger[sample, span] = np.where(np.isfinite(total), total, 0.0)
-        state = new
+        state = gathered(new)
         storage.save_tree(work / f"frames-{first:06d}.safetensors", {"u": u[:, span], "ledger": ledger[:, span]})
         checkpoints.save(
             first + per_chunk,
@@ -297,8 +345,16 @@ def _run_one(
             STOP.check()
         if len(gone) == samples:
             break
+    result.steps_taken, result.smallest_dt = _steps_taken(model, state[1], frames * every)
     result.latency = _latency(model, _begin(model, u0[:1], keys[:1]), per_chunk, every)
     return result
+
+
+def _steps_taken(model: Model, carry: Any, steps: int) -> tuple[float, float]:
+    """(solver steps, smallest Δt) of a run; `steps` is how many model steps of fixed Δt there are."""
+    if model.courant is None:
+        return float(steps * model.substeps), model.dt
+    return float(np.mean(np.asarray(carry["steps_taken"]))) * model.substeps, float(np.min(np.asarray(carry["smallest_dt"])))
 
 
 def _latency(model: Model, state: Any, frames: int, every: int) -> float:
@@ -313,14 +369,12 @@ def _latency(model: Model, state: Any, frames: int, every: int) -> float:
     return best / (frames * every * model.step_time)
 
 
-def _reference_cost(experiment: "Experiment") -> float:
-    """Seconds per unit time of the reference solver for one sample, timed over a few steps at the Δt that it would take."""
+def _reference_cost(experiment: "Experiment", dt: float) -> float:
+    """Seconds per unit time of the reference solver for one sample, timed over a few steps of the smallest Δt that it took."""
     solver = experiment.reference_solver()
     dtype = np.dtype(experiment.spec.reference.precision)
     places = tuple(v.at for v in solver.variables)
     u = experiment.initial()(jax.random.key(0), solver.grid, places, dtype)
-    spec = experiment.spec.reference
-    dt = spec.dt if spec.dt is not None else (COURANT if spec.cfl is None else spec.cfl) * float(solver.stable_dt(u))
     model = Model(solver, experiment.stepper("reference", solver), dt)
     return _latency(model, _begin(model, u[None], jax.random.split(jax.random.key(0), 1)), 1, 10)
 
@@ -328,23 +382,60 @@ def _reference_cost(experiment: "Experiment") -> float:
 # --- what it is worth ------------------------------------------------------------------------------------------------------------
 
 
-def _dataset(experiment: "Experiment", result: Result, reference: Frames, attrs: dict[str, Any]) -> "xr.Dataset":
+def _dataset(
+    experiment: "Experiment", result: Result, reference: Frames, truth: "xr.Dataset", attrs: dict[str, Any]
+) -> "xr.Dataset":
+    """A run's file: its frames, what is measured on them, and how their values are distributed."""
     solver = result.model.solver
     grid, variables = solver.grid, solver.variables
-    group = group_name(experiment, result.label)
     ds = diagnostics.field_dataset(result.u, reference.times, grid, variables, attrs)
-    truth = diagnostics.field_dataset(reference.groups[group], reference.times, grid, variables)
     volume = grid.cells * grid.cell_volume
     sums = diagnostics.conserved_sums(result.u[:, :1], grid) + volume * result.ledger
-    return diagnostics.with_diagnostics(
+    ds = diagnostics.with_diagnostics(
         ds,
         grid,
         variables,
+        solver=solver,
         reference=truth,
         modes=experiment.modes,
         statistics_from=experiment.statistics_from,
         expected_sums=sums,
     )
+    values = _compared_values(experiment, solver, result.u, reference.times)
+    known = _compared_values(experiment, solver, reference.groups[group_name(experiment, result.label)], reference.times)
+    distance = float(statistics.wasserstein(values, known, normalised=True))
+    about = {"long_name": "Wasserstein distance to the reference, in its standard deviations", "units": "1"}
+    return ds.assign({"pdf": _pdf(values, solver, truth["pdf"]), "wasserstein": ((), distance, about)})
+
+
+def _compared_values(experiment: "Experiment", solver: AbstractSolver, u: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """u (1D) or the vorticity over the window of the statistics, `(sample, time, value)`; of large fields in every m-th cell."""
+    grid, variables = solver.grid, solver.variables
+    frames = u[:, times >= experiment.statistics_from * (1 - 1e-9)]
+    count = frames.shape[0] * frames.shape[1] * grid.cells * (3 if grid.ndim == 3 else 1)
+    every = -(-count // MOST_VALUES)
+
+    def thinned(piece: np.ndarray) -> np.ndarray:
+        w = diagnostics.compared_field(piece, grid, variables, solver)
+        return w.reshape(len(w), -1)[:, ::every]
+
+    return diagnostics.in_pieces(thinned, grid, frames)
+
+
+def _pdf(values: np.ndarray, solver: AbstractSolver, like: "xr.DataArray | None" = None) -> "xr.DataArray":
+    """The density of all values: in the bins of another one, or in bins of its own a quarter wider than what was found."""
+    if like is not None:
+        width = float(like["value"][1] - like["value"][0])
+        low, high = float(like["value"][0]) - width / 2, float(like["value"][-1]) + width / 2
+    else:
+        low, high = float(values.min()), float(values.max())
+        wider = 0.125 * (high - low) or 0.5
+        low, high = low - wider, high + wider
+    found = statistics.pdf(values, PDF_BINS, (low, high))
+    name = "u" if solver.grid.ndim == 1 else "vorticity"
+    found["value"].attrs["long_name"] = name
+    outside = float(found["outside"])
+    return found.drop_vars(["lower", "upper", "outside"]).assign_attrs(long_name=f"probability density of {name}", outside=outside)
 
 
 def _finite_max(values: np.ndarray) -> float | None:
@@ -352,21 +443,84 @@ def _finite_max(values: np.ndarray) -> float | None:
     return float(good.max()) if good.size else None
 
 
+def _finite(value: Any) -> float | None:
+    """A number that JSON can hold."""
+    return float(value) if math.isfinite(value) else None
+
+
+STATISTICS = ("mean_square", "mean_square_slope", "mean_square_curvature", "energy", "enstrophy", "energy_rate", "scalar_variance")
+
+
+def _statistics(experiment: "Experiment", ds: "xr.Dataset", truth: "xr.Dataset") -> dict[str, dict[str, float | None]]:
+    """Means over samples and the window of statistics, with their standard errors, beside those of the filtered reference.
+
+    Errors are over samples where there are two or more, else over blocks; null where neither gives one. `difference` is relative to
+    the reference.
+    """
+    window = ds["time"].values >= experiment.statistics_from * (1 - 1e-9)
+
+    def mean_and_error(values: "xr.DataArray") -> tuple[float, float]:
+        values = values.isel(time=window)
+        try:
+            error = statistics.standard_error(values, over="members" if values.sizes["sample"] > 1 else "blocks")
+            return float(values.mean(skipna=False)), float(error["standard_error"])
+        except ValueError:
+            # one sample, and too short for blocks
+            return float(values.mean(skipna=False)), math.nan
+
+    found = {}
+    for name in STATISTICS:
+        if name not in ds:
+            continue
+        for part in ds["scalar"].values.tolist() if "scalar" in ds[name].dims else [None]:
+            one, two = (d[name] if part is None else d[name].sel(scalar=part) for d in (ds, truth))
+            (mean, error), (known, known_error) = mean_and_error(one), mean_and_error(two)
+            difference = 0.0 if mean == known else (mean - known) / abs(known) if known else math.inf
+            found[name if part is None else f"{name}:{part}"] = {
+                "mean": _finite(mean),
+                "standard_error": _finite(error),
+                "reference": _finite(known),
+                "reference_standard_error": _finite(known_error),
+                "difference": _finite(difference),
+            }
+    return found
+
+
+def _statistics_error(found: dict[str, dict[str, float | None]]) -> float | None:
+    """The largest relative difference; that of dE/dt does not count, whose mean is the difference of two frames or nothing."""
+    parts = [row["difference"] for name, row in found.items() if name != "energy_rate"]
+    return max((abs(d) for d in parts if d is not None), default=None) if None not in parts else None
+
+
+def _not_defined(ds: "xr.Dataset") -> dict[str, str]:
+    """Why a key of the summary is null although the run is sound."""
+    reasons = {
+        "spectrum_error": ("spectrum", "there are no spectra between walls"),
+        "drift": ("drift", "the boundaries exchange what could be conserved"),
+        "divergence_max": ("divergence_max", "the flow need not be free of divergence"),
+    }
+    return {key: reason for key, (name, reason) in reasons.items() if name not in ds}
+
+
+def _spectrum_error(solver: AbstractSolver, ds: "xr.Dataset", truth: "xr.Dataset") -> float | None:
+    if "spectrum" not in ds:
+        return None
+    numbers = np.rint(ds["wavenumber"].values * max(solver.grid.lengths) / (2 * np.pi)).astype(int)
+    # Spectra are averaged over samples as over time before they are compared; a diverged sample makes the mean NaN.
+    mean_spectrum, mean_truth = (d["spectrum"].values.mean(axis=0) for d in (ds, truth))
+    return _finite(diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, solver.grid.shape, solver.grid.lengths))
+
+
 def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth: "xr.Dataset") -> dict[str, Any]:
+    """A run's entry in summary.json; what does not apply to it is null, and `not_defined` says why."""
     model, solver = result.model, result.model.solver
     times = ds["time"].values
     t95 = diagnostics.t_correlated(times, ds["correlation"].values, 0.95)
     t80 = diagnostics.t_correlated(times, ds["correlation"].values, 0.80)
-    unit = max(solver.grid.lengths)
-    numbers = np.rint(ds["wavenumber"].values * unit / (2 * np.pi)).astype(int)
-    # Spectra are averaged over samples as over time before they are compared; a diverged sample makes the mean NaN.
-    mean_spectrum, mean_truth = (d["spectrum"].values.mean(axis=0) for d in (ds, truth))
-    error = float(
-        diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, solver.grid.shape, solver.grid.lengths)  # pyright: ignore[reportArgumentType]
-    )
-    steps = experiment.steps_per_frame(result.label, model.dt).steps * experiment.spec.time.frames
-    samples = len(result.u)
-    simulated = samples * experiment.spec.time.end
+    end = experiment.spec.time.end
+    simulated = len(result.u) * end
+    means = _statistics(experiment, ds, truth)
+    drifts = {str(name): ds["drift"].sel(variable=name).values for name in ds["variable"].values} if "drift" in ds else {}
     return {
         "outcome": result.outcome,
         "accuracy": {"metric": "t95", "value": t95.time if t95.time is not None else t95.at_least},
@@ -375,16 +529,20 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "t95_interval": [t95.low, t95.high],
         "t80": t80.time,
         "t80_at_least": t80.at_least,
-        "spectrum_error": error if math.isfinite(error) else None,
-        "drift": {name: _finite_max(ds["drift"].values[i]) for i, name in enumerate(ds["variable"].values.tolist())},
+        "spectrum_error": _spectrum_error(solver, ds, truth),
+        "statistics": means,
+        "statistics_error": _statistics_error(means),
+        "wasserstein": _finite(float(ds["wasserstein"])),
+        "drift": {name: _finite_max(values) for name, values in drifts.items()},
         "divergence_max": _finite_max(ds["divergence_max"].values) if "divergence_max" in ds else None,
+        "not_defined": _not_defined(ds),
         "seconds_per_unit_time": result.latency,
         "seconds_per_unit_time_throughput": result.seconds / simulated if simulated else None,
-        "cell_steps_per_second": solver.grid.cells * model.substeps / (result.latency * model.step_time),
+        "cell_steps_per_second": solver.grid.cells * result.steps_taken / (result.latency * end),
         "compile_seconds": result.compile_seconds,
         "parameters": parameters(model.closures),
-        "steps": steps * model.substeps,
-        "dt": model.dt,
+        "steps": round(result.steps_taken),
+        "dt": result.smallest_dt,
         "group": group_name(experiment, result.label),
     }
 
@@ -395,7 +553,7 @@ LARGER_IS_BETTER = ("t95", "t80")
 def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every limit of `checks`, against the summary's own keys; a run is judged on those that name it or `all`.
 
-    A run that diverged and may do so is not judged on `all`.
+    A run that diverged and may do so is not judged on `all`. A limit on something that a run does not have is not met.
     """
     rows = []
     for owner, limits in experiment.spec.checks.items():
@@ -412,8 +570,11 @@ def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -
                     value = max(parts) if parts else None
                 reached = value is not None and (value >= limit if name in LARGER_IS_BETTER else value <= limit)
                 relation = "at least" if name in LARGER_IS_BETTER else "at most"
+                reason = summary.get("not_defined", {}).get(name)
                 shown = "not finite" if value is None else f"{value:.3g}"
-                verb = "is" if reached else "is not"
+                sentence = f"{label}: {name} = {shown} {'is' if reached else 'is not'} {relation} {limit:g}"
+                if reason:
+                    sentence = f"{label}: {name} has no value ({reason}), so it cannot be {relation} {limit:g}"
                 rows.append(
                     {
                         "name": name,
@@ -421,7 +582,7 @@ def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -
                         "value": value,
                         "limit": limit,
                         "passed": bool(reached),
-                        "sentence": f"{label}: {name} = {shown} {verb} {relation} {limit:g}",
+                        "sentence": sentence,
                     }
                 )
     return rows
@@ -435,9 +596,13 @@ def _model(experiment: "Experiment", label: str, start: np.ndarray) -> Model:
     cfl = experiment.cfl(label)
     if cfl is None:
         return experiment.model_for(label)
+    interval = experiment.spec.time.end / experiment.spec.time.frames
+    if experiment.adaptive(label):
+        spec = experiment.spec_of(label)
+        largest = min(interval / getattr(spec, "substeps", 1), math.inf if spec.dt is None else spec.dt)
+        return experiment.model_for(label, dt=experiment.steps_per_frame(label, largest).dt)
     solver = experiment.solver(label)
     limit = float(jnp.min(jax.vmap(solver.stable_dt)(jnp.asarray(start))))
-    interval = experiment.spec.time.end / experiment.spec.time.frames
     return experiment.model_for(label, dt=experiment.steps_per_frame(label, min(cfl * limit, interval)).dt)
 
 
@@ -466,16 +631,20 @@ def _reference_groups(
     for name, solver in results_grid.items():
         grid, variables = solver.grid, solver.variables
         ds = diagnostics.field_dataset(reference.groups[name], reference.times, grid, variables, {"filter": name})
-        groups[name] = diagnostics.with_diagnostics(ds, grid, variables, statistics_from=experiment.statistics_from)
+        ds = diagnostics.with_diagnostics(ds, grid, variables, solver=solver, statistics_from=experiment.statistics_from)
+        groups[name] = ds.assign(
+            {"pdf": _pdf(_compared_values(experiment, solver, reference.groups[name], reference.times), solver)}
+        )
     fine = experiment.reference_solver()
     if len(reference.pictures):
-        groups["fine"] = diagnostics.field_dataset(
+        ds = diagnostics.field_dataset(
             reference.pictures[None], reference.picture_times, fine.grid, fine.variables, {"filter": "none"}
         )
+        groups["fine"] = diagnostics.with_vorticity(ds, fine.grid, fine.variables, fine)
     if HALF in reference.groups:
         first, solver = next(iter(results_grid.items()))
         rho = diagnostics.correlation(
-            reference.groups[HALF], reference.groups[first], solver.grid, solver.variables, experiment.modes
+            reference.groups[HALF], reference.groups[first], solver.grid, solver.variables, experiment.modes, solver
         )
         until, at_least = diagnostics.crossing_time(reference.times, rho.mean(axis=0), 0.99)
         half_shape = [n // 2 for n in fine.grid.shape]
@@ -572,8 +741,8 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
         model = _model(experiment, label, start)
         attrs = {**_attributes(experiment, label, environment), "dt": model.dt, "reference_group": group}
 
-        def write(result: Result, attrs=attrs, label=label) -> "xr.Dataset":
-            ds = _dataset(experiment, result, reference, {**attrs, "outcome": result.outcome})
+        def write(result: Result, attrs=attrs, label=label, truth=groups[group]) -> "xr.Dataset":
+            ds = _dataset(experiment, result, reference, truth, {**attrs, "outcome": result.outcome})
             storage.save_dataset(folder / f"{label}.nc", ds)
             return ds
 
@@ -604,7 +773,7 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
             "converged_until": converged,
             "dt": reference.dt,
             "seconds": reference.seconds,
-            "seconds_per_unit_time": _reference_cost(experiment),
+            "seconds_per_unit_time": _reference_cost(experiment, reference.dt),
             "cached": reference.cached,
         },
         "runs": summaries,
@@ -636,7 +805,9 @@ def _until(t: float, end: float) -> str:
 
 
 def _sentence(label: str, summary: dict[str, Any]) -> str:
-    t95 = f"{summary['t95']:.2f}" if summary["t95"] is not None else f"> {summary['t95_at_least']:.2f}"
-    error = "–" if summary["spectrum_error"] is None else f"{summary['spectrum_error']:.3f}"
-    cost = summary["seconds_per_unit_time"]
-    return f"{label}: t95 {t95}, spectrum error {error}, {1000 * cost:.3g} ms per unit time, {summary['outcome']}"
+    parts = [f"t95 {summary['t95']:.2f}" if summary["t95"] is not None else f"t95 > {summary['t95_at_least']:.2f}"]
+    for key in ("spectrum_error", "statistics_error"):
+        if key not in summary["not_defined"]:
+            parts.append(f"{key.replace('_', ' ')} " + ("–" if summary[key] is None else f"{summary[key]:.3f}"))
+    parts.append(f"{1000 * summary['seconds_per_unit_time']:.3g} ms per unit time")
+    return f"{label}: {', '.join(parts)}, {summary['outcome']}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,21 +20,30 @@ from hybridsim.contract import (
     View,
     place_of,
 )
+from hybridsim.samples import gathered, over_samples, padded
 
 Evaluate = str | int
 """`"stage"`, `"step"` or a whole number n of solver steps for which a closure's output is held."""
+
+MOST_STEPS = 100_000
+"""An adaptive model that needs more model steps than this for one frame interval is taken to have blown up."""
+
+NO_REVERSE = (
+    "courant: a model with adaptive time steps cannot be differentiated in reverse (the number of its steps is known only as it "
+    "runs); train with a fixed dt (courant=None), or differentiate forward (jax.jvp, jax.jacfwd)"
+)
 
 
 class State(eqx.Module):
     """(u, t, carry): the fields of one moment and all that a run needs to go on exactly as it would have.
 
-    - `u`: the channels in physical space.
-    - `step`: model steps taken so far.
+    - `u`: the channels in physical space; `(sample, c, *grid)` in an ensemble.
+    - `step`: model steps so far, of the model's own Δt: with adaptive time steps a measure of time, not a count.
     - `t`: time, t₀ + step · Δt, in double precision on the host.
     - `carry`: closures' memory and random keys, the forcing ledger; None before the first step.
     """
 
-    u: Float[Array, "c *grid"]
+    u: Float[Array, "*sample_c_grid"]
     step: Int[Array, ""] | int = 0
     t: float = eqx.field(default=0.0)
     carry: PyTree = None
@@ -70,8 +80,15 @@ class Model(eqx.Module):
     - `evaluate`: per closure (or one for all) `"stage"`, `"step"` or n, the solver steps for which its output is held; n divides
       `substeps`, so that nothing held crosses a model step.
     - `substeps`: solver steps per model step.
+    - `courant`: None, and Δt is fixed; or the Courant number C > 0 of adaptive time steps, about 0.5. `dt` is then the largest
+      step.
 
     A held contribution is constant in every stage: first order in time. Wrong places are refused here, before any tracing.
+
+    Adaptive steps land on every frame: an interval T, or what remains of it, is cut into n = ⌈T / min(`dt`, C · stable Δt)⌉ equal
+    solver steps (n a multiple of `substeps`). Steppers whose coefficients know Δt choose it at the start of each interval, all
+    others before each model step. The carry then has `steps_taken` (model steps) and `smallest_dt`. Reverse differentiation, and so
+    training, needs a fixed Δt. A flow that starts from rest has no Courant number: give it a `dt` that it can start with.
     """
 
     solver: AbstractSolver
@@ -80,6 +97,7 @@ class Model(eqx.Module):
     closures: tuple[AbstractClosure, ...] = eqx.field(default=(), converter=tuple)
     evaluate: tuple[Evaluate, ...] = eqx.field(static=True, default=(), converter=_listed)
     substeps: int = eqx.field(static=True, default=1)
+    courant: float | None = eqx.field(static=True, default=None, converter=lambda c: None if c is None else float(c))
 
     def __post_init__(self):
         given = _listed(self.evaluate) or ("step",)
@@ -92,6 +110,10 @@ class Model(eqx.Module):
             raise ValueError(f"dt: the time step must be positive and finite, found {self.dt}")
         if not isinstance(self.substeps, int) or self.substeps < 1:
             raise ValueError(f"substeps: needs a positive whole number, found {self.substeps!r}")
+        if self.courant is not None and not (np.isfinite(self.courant) and self.courant > 0):
+            raise ValueError(
+                f"courant: the Courant number must be positive and finite, or None for a fixed dt, found {self.courant}"
+            )
         if len(self.evaluate) != len(self.closures):
             raise ValueError(f"evaluate: {len(self.evaluate)} entries for {len(self.closures)} closures")
         if self.stepper.needs_linear and self.solver.linear() is None:
@@ -118,7 +140,7 @@ class Model(eqx.Module):
 
     @property
     def step_time(self) -> float:
-        """The time that one model step advances."""
+        """The time that one model step advances; with adaptive time steps the unit in which `step` counts time."""
         return self.dt * self.substeps
 
     def prepare(self, dtype: Any) -> Prepared:
@@ -151,7 +173,10 @@ class Model(eqx.Module):
                 slot["key"] = jax.random.fold_in(key, i)
             closures.append(slot)
         zero = jnp.zeros((u.shape[0],), u.dtype)
-        return {"closures": closures, "ledger": (zero, zero), "start": jnp.asarray(start, u.dtype)}
+        carry = {"closures": closures, "ledger": (zero, zero), "start": jnp.asarray(start, u.dtype)}
+        if self.courant is not None:
+            carry |= {"steps_taken": jnp.zeros((), jnp.int32), "smallest_dt": jnp.asarray(jnp.inf, u.dtype)}
+        return carry
 
     # -- one step ---------------------------------------------------------------------------------------------------------------
 
@@ -231,13 +256,8 @@ class Model(eqx.Module):
                     z = {**solver.encode(u + out.astype(u.dtype)), "injected": z["injected"]}
         return z, slots
 
-    def __call__(
-        self, z: PyTree, carry: PyTree, step: Int[Array, ""], prepared: Prepared | None = None
-    ) -> tuple[PyTree, PyTree, Int[Array, ""]]:
-        """One model step of the solver's own representation: (z, carry, step) -> (z, carry, step + 1)."""
-        dtype = carry["start"].dtype
-        prepared = self.prepare(dtype) if prepared is None else prepared
-        t = carry["start"] + step.astype(dtype) * (prepared.dt * self.substeps)
+    def _model_step(self, prepared: Prepared, z: PyTree, carry: PyTree, t: Array) -> tuple[PyTree, PyTree]:
+        """`substeps` solver steps of `prepared.dt` from time t."""
         block = int(np.lcm.reduce([e for e in self.evaluate if isinstance(e, int)] or [1]))
         slots = carry["closures"]
         if self.substeps == block:
@@ -248,11 +268,99 @@ class Model(eqx.Module):
                 z, slots = state
                 return self._solver_steps(prepared, z, slots, t + k * block * prepared.dt, block), None
 
-            blocks = jnp.arange(self.substeps // block).astype(dtype)
+            blocks = jnp.arange(self.substeps // block).astype(t.dtype)
             (z, slots), _ = jax.lax.scan(body, (z, slots), blocks)
         z, injected = prepared.solver.collect(z)
         ledger = _compensated_add(carry["ledger"], injected)
-        return z, {**carry, "closures": slots, "ledger": ledger}, step + 1
+        return z, {**carry, "closures": slots, "ledger": ledger}
+
+    def _time(self, carry: PyTree, step: Array, dt: Array) -> Array:
+        """t₀ + step · Δt: the time of a model step of Δt = `dt` · substeps."""
+        return carry["start"] + step.astype(carry["start"].dtype) * (dt * self.substeps)
+
+    def __call__(
+        self, z: PyTree, carry: PyTree, step: Int[Array, ""], prepared: Prepared | None = None
+    ) -> tuple[PyTree, PyTree, Int[Array, ""]]:
+        """One model step of the solver's own representation: (z, carry, step) -> (z, carry, step + 1).
+
+        With adaptive time steps it takes as many steps as `step_time` needs.
+        """
+        dtype = carry["start"].dtype
+        prepared = self.prepare(dtype) if prepared is None else prepared
+        if self.courant is not None:
+            z, carry, _ = adaptive_steps(self, prepared, z, carry, step, 1)
+            return z, carry, step + 1
+        z, carry = self._model_step(prepared, z, carry, self._time(carry, step, prepared.dt))
+        return z, carry, step + 1
+
+
+def adaptive_steps(
+    model: Model,
+    prepared: Prepared,
+    z: PyTree,
+    carry: PyTree,
+    step: Int[Array, ""],
+    every: int,
+    most: Int[Array, ""] | None = None,
+) -> tuple[PyTree, PyTree, Array]:
+    """Steps of Δt = R/n with n = substeps · ⌈R / (substeps · min(dt, C · stable Δt))⌉ until R = 0: (z, carry, R).
+
+    R is what remains of the interval T = `every` · step_time that begins at `step`; `most` ends it after that many model steps. A
+    flow that needs more than `MOST_STEPS` model steps has blown up: z is not finite then, and R is zero.
+    """
+    assert model.courant is not None
+    courant, dtype = model.courant, carry["start"].dtype
+    start = model._time(carry, step, prepared.dt)
+    whole = jnp.asarray(every * model.step_time, dtype)
+    budget = max(MOST_STEPS, 2 * every)
+    # A ratio that is a whole number but for rounding must not be rounded up.
+    slack = 1 - 64 * float(jnp.finfo(dtype).eps)
+
+    def needed(z: PyTree, remaining: Array, left: Array) -> tuple[Array, Array]:
+        """(n / substeps, whether that many model steps are left)."""
+        # Δt is a choice, not a part of the flow: nothing is differentiated through it.
+        u = jax.lax.stop_gradient(prepared.solver.decode(z))
+        limit = jnp.minimum(courant * prepared.solver.stable_dt(u), prepared.dt).astype(dtype)
+        count = jnp.ceil(remaining / (model.substeps * limit) * slack)
+        possible = (count >= 1) & (count <= left.astype(dtype))
+        return jnp.where(possible, count, 1), possible
+
+    def counted(carry: PyTree, dt: Array, possible: Array) -> PyTree:
+        smallest = jnp.where(possible, jnp.minimum(carry["smallest_dt"], dt), carry["smallest_dt"])
+        return {**carry, "steps_taken": carry["steps_taken"] + possible.astype(jnp.int32), "smallest_dt": smallest}
+
+    zero = jnp.zeros((), jnp.int32)
+    last = jnp.asarray(2 * budget, jnp.int32) if most is None else most
+    if model.stepper.needs_linear:
+        count, alive = needed(z, whole, jnp.asarray(budget, jnp.int32))
+        dt = whole / (count * model.substeps)
+        paced = Prepared(prepared.solver, model.stepper.prepare(prepared.solver, dt, dtype), dt)
+        until = jnp.minimum(jnp.where(alive, count, 0).astype(jnp.int32), last)
+
+        def even(state):
+            z, carry, k = state
+            z, carry = model._model_step(paced, z, carry, start + k.astype(dtype) * (dt * model.substeps))
+            return z, counted(carry, dt, alive), k + 1
+
+        z, carry, k = jax.lax.while_loop(lambda state: state[2] < until, even, (z, carry, zero))
+        remaining = jnp.where(alive, whole * (1 - k.astype(dtype) / count), 0)
+    else:
+
+        def adapted(state):
+            z, carry, remaining, k, _ = state
+            count, possible = needed(z, remaining, budget - k)
+            dt = remaining / (count * model.substeps)
+            z, carry = model._model_step(prepared._replace(dt=dt), z, carry, start + (whole - remaining))
+            # A product, not a difference: exact to rounding however many steps there are, and zero at the end.
+            remaining = jnp.where(possible, remaining * ((count - 1) / count), 0)
+            return z, counted(carry, dt, possible), remaining, k + 1, possible
+
+        state = (z, carry, whole, zero, jnp.ones((), bool))
+        z, carry, remaining, _, alive = jax.lax.while_loop(lambda state: (state[2] > 0) & (state[3] < last), adapted, state)
+    lost = lambda part: jax.tree.map(lambda a: jnp.where(alive, a, jnp.nan), part)  # noqa: E731
+    z = {name: part if name == "injected" else lost(part) for name, part in z.items()}
+    z, carry = eqxi.nondifferentiable_backward((z, carry), msg=NO_REVERSE)
+    return z, carry, remaining
 
 
 def _sum(parts: list[PyTree]) -> PyTree | None:
@@ -281,6 +389,31 @@ class Trajectory(eqx.Module):
         return field_dataset(np.asarray(self.u)[None], np.asarray(self.t), self.solver.grid, self.solver.variables, {})
 
 
+class Ensemble(eqx.Module):
+    """u⁽ˢ⁾(t₁), …, u⁽ˢ⁾(t_F): a `Trajectory` of every sample, at the same times; `ensemble[s]` is one of them.
+
+    `final` is the `State` of all samples, to go on from; its `u` and its carry have the sample axis first.
+    """
+
+    u: Float[Array, "sample frame c *grid"]
+    t: tuple[float, ...] = eqx.field(static=True, converter=lambda t: tuple(float(x) for x in t))
+    final: State
+    solver: AbstractSolver
+
+    def __len__(self) -> int:
+        return self.u.shape[0]
+
+    def __getitem__(self, sample: int) -> Trajectory:
+        final = State(self.final.u[sample], self.final.step, self.final.t, jax.tree.map(lambda a: a[sample], self.final.carry))
+        return Trajectory(self.u[sample], self.t, final, self.solver)
+
+    def to_xarray(self):
+        """The frames as an `xarray.Dataset` with coordinates and units."""
+        from hybridsim.diagnostics import field_dataset
+
+        return field_dataset(np.asarray(self.u), np.asarray(self.t), self.solver.grid, self.solver.variables, {})
+
+
 def nested_scan(body: Callable, init: PyTree, length: int, levels: int) -> tuple[PyTree, PyTree]:
     """`lax.scan(body, init, None, length)` whose gradient keeps about levels · length^(1/levels) states instead of `length`.
 
@@ -307,7 +440,10 @@ def nested_scan(body: Callable, init: PyTree, length: int, levels: int) -> tuple
 
 
 def advance(model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, count: int) -> tuple[PyTree, PyTree, Array]:
-    """`count` model steps of (z, carry, step), nothing stored on the way."""
+    """`count` model steps of (z, carry, step), nothing stored on the way; with adaptive time steps, as long a time."""
+    if model.courant is not None:
+        z, carry, _ = adaptive_steps(model, prepared, z, carry, step, count)
+        return z, carry, step + count
 
     def body(state: tuple[PyTree, PyTree, Array], _):
         z, carry, step = state
@@ -332,7 +468,18 @@ def frames_of(
     levels: int,
     observe: Callable[[Prepared, PyTree, PyTree], Any] = _decoded,
 ) -> tuple[tuple[PyTree, PyTree, Array], Any]:
-    """`frames` observations (by default decoded states), `every` model steps apart, checkpointed on `levels` levels."""
+    """`frames` observations (by default decoded states), `every` model steps apart, checkpointed on `levels` levels.
+
+    With adaptive time steps they are as far apart in time, and `levels` means nothing.
+    """
+    if model.courant is not None:
+
+        def interval(state: tuple[PyTree, PyTree, Array], _):
+            z, carry, step = state
+            z, carry, _ = adaptive_steps(model, prepared, z, carry, step, every)
+            return (z, carry, step + every), observe(prepared, z, carry)
+
+        return jax.lax.scan(interval, (z, carry, step), None, frames)
     if every == 1:
         inner_levels, outer_levels = 0, levels
     elif frames == 1 or levels <= 1:
@@ -368,6 +515,11 @@ def _rolled(
     return carry, step, out
 
 
+def _check_frames(name: str, frames: int, every: int) -> None:
+    if frames < 1 or every < 1:
+        raise ValueError(f"{name}: frames and every must be positive, found {frames} and {every}")
+
+
 def rollout(
     model: Model, start: State, frames: int, *, every: int = 1, checkpoint_levels: int = 0, seed: int | Array = 0
 ) -> Trajectory:
@@ -377,12 +529,71 @@ def rollout(
     each step in the backward pass; 2 keeps about frames + every states (2 √n of n steps where there is one frame, or one step per
     frame), and so on. The solver's own representation is kept from step to step, but a `State` holds the decoded one: going on from
     `final` is exact up to `encode(decode(z))`. `frames_of` carries z itself.
+
+    With adaptive time steps (`model.courant`) frames are as far apart, `every` · `model.step_time`, and each lies at the end of a
+    step; only forward differentiation is possible.
     """
-    if frames < 1 or every < 1:
-        raise ValueError(f"rollout: frames and every must be positive, found {frames} and {every}")
+    _check_frames("rollout", frames, every)
     begin = jnp.asarray(start.t - start.step * model.step_time, start.u.dtype)
     step = jnp.asarray(start.step)
     carry, step, u = _rolled(model, start.u, start.carry, step, begin, seed, frames, every, checkpoint_levels)
     times = start.t + model.step_time * every * np.arange(1, frames + 1)
     final = State(u[-1], step, float(times[-1]), carry)
     return Trajectory(u, times, final, model.solver)
+
+
+@eqx.filter_jit
+def _rolled_together(
+    model: Model, u: Array, carry: PyTree, step: Array, begin: Array, keys: Array, frames: int, every: int, levels: int
+) -> tuple[PyTree, Array, Array]:
+    """(carry, step, frames) of `ensemble`."""
+    prepared = model.prepare(u.dtype)
+    if carry is None:
+        carry = jax.vmap(lambda q, key: model.init_carry(q, key, begin))(u, keys)
+    z = jax.lax.optimization_barrier(jax.vmap(prepared.solver.encode)(u))
+
+    def one(shared: tuple[Model, Prepared, Array], z: PyTree, carry: PyTree) -> tuple[PyTree, Array]:
+        model, prepared, step = shared
+        (_, carry, _), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
+        return carry, out
+
+    carry, out = over_samples(one, (model, prepared, step), z, carry)
+    return carry, step + frames * every, out
+
+
+def ensemble(
+    model: Model,
+    start: State | Float[Array, "sample c *grid"],
+    frames: int,
+    *,
+    every: int = 1,
+    checkpoint_levels: int = 0,
+    seed: int | Array = 0,
+) -> Ensemble:
+    """[Φ^every(u⁽ˢ⁾), Φ^(2 every)(u⁽ˢ⁾), …] for every sample s: rollouts of many initial conditions at once.
+
+    **Arguments:** those of `rollout`, but `start` is `(sample, c, *grid)`, or a `State` of such (the `final` of another ensemble).
+    Sample s draws its random numbers from `jax.random.fold_in(key, s)`, where `key` is `seed` or `jax.random.key(seed)`; an array
+    of keys gives each sample its own.
+
+    On CPU samples run side by side, one per JAX device (see `hybridsim.samples.use_all_cores`, which must come before JAX's first
+    computation); elsewhere they run as one batch. A sample's result does not depend on the other samples, and is that of its
+    `rollout` to rounding.
+    """
+    _check_frames("ensemble", frames, every)
+    start = start if isinstance(start, State) else State(start)
+    u, count = start.u, start.u.shape[0]
+    if u.ndim != model.solver.grid.ndim + 2 or not count:
+        raise ValueError(f"ensemble: the start needs shape (sample, channel, *grid), found {u.shape}")
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    keys = key if key.ndim else jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(count))
+    if keys.shape != (count,):
+        raise ValueError(f"ensemble: seed: {keys.shape[0]} keys for {count} samples")
+    begin = jnp.asarray(start.t - start.step * model.step_time, u.dtype)
+    step = jnp.asarray(start.step)
+    # Padded before anything is compiled: XLA would fuse the padding with the encoding, and round otherwise than without it.
+    u, carry, keys = padded((u, start.carry, keys))
+    carry, step, u = gathered(_rolled_together(model, u, carry, step, begin, keys, frames, every, checkpoint_levels))
+    carry, u = jax.tree.map(lambda a: a[:count], (carry, u))
+    times = start.t + model.step_time * every * np.arange(1, frames + 1)
+    return Ensemble(u, times, State(u[:, -1], step, float(times[-1]), carry), model.solver)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from hybridsim import storage
 from hybridsim.contract import AbstractSolver, AbstractStepper
 from hybridsim.grid import Grid, resample
+from hybridsim.samples import gathered, over_samples
 
 COURANT = 0.5
 """Courant number of every fine run; halving it changes the default reference by less than its resolution does."""
@@ -39,9 +40,13 @@ def _leap(
     coefficients = stepper.prepare(prepared, dt, dtype)
     step = dt.astype(dtype)
     nothing = lambda _q, _t: None  # noqa: E731
-    every_sample = jax.vmap(lambda q, now: stepper(prepared, coefficients, q, now, step, nothing), in_axes=(0, None))
-    z = jax.lax.fori_loop(0, count, lambda i, q: every_sample(q, t + i.astype(dtype) * step), z)
-    return z, jax.vmap(prepared.decode)(z)
+
+    def one(shared: Any, z: Any) -> tuple[Any, Array]:
+        solver, stepper, coefficients, t, step, count = shared
+        z = jax.lax.fori_loop(0, count, lambda i, q: stepper(solver, coefficients, q, t + i.astype(dtype) * step, step, nothing), z)
+        return z, solver.decode(z)
+
+    return over_samples(one, (prepared, stepper, coefficients, t, step, count), z)
 
 
 @eqx.filter_jit
@@ -79,7 +84,7 @@ def fine_run(
         count = max(1, math.ceil(interval / (courant * limit if dt is None else dt) - 1e-9))
         smallest = min(smallest, interval / count)
         t = jnp.asarray((frame - 1) * interval, dtype)
-        z, u = _leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype)
+        z, u = gathered(_leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype))
         if not bool(jnp.isfinite(u).all()):
             raise FineRunError(f"the fine run stopped being finite between t = {(frame - 1) * interval:g} and {frame * interval:g}")
         watch(frame, u)
@@ -97,7 +102,7 @@ def warm_starts(
     progress: Callable[[float], None] = lambda _: None,
 ) -> Float[Array, "sample c *grid"]:
     """The states at t = 0 on `grid`: initial states, one per key, after `initial.warm_up` (see `RandomVelocity`)."""
-    coarse = Grid(initial.warm_up_shape, grid.lengths) if getattr(initial, "warm_up_shape", None) else grid
+    coarse = grid.with_shape(initial.warm_up_shape) if getattr(initial, "warm_up_shape", None) else grid
     solver = solver_on(coarse)
     places = tuple(v.at for v in solver.variables)
     u = jnp.stack([initial(key, coarse, places, dtype) for key in keys])
@@ -244,7 +249,7 @@ def _cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[], Array], 
 
 def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, how, progress) -> np.ndarray:
     """The same starts, cut to half the resolution and run there, under the filter of `target`."""
-    coarse = Grid(tuple(n // 2 for n in solver.grid.shape), solver.grid.lengths)
+    coarse = solver.grid.with_shape([n // 2 for n in solver.grid.shape])
     half = solver_on(coarse)
     start = jax.vmap(lambda q: half.restrict(q, solver.grid, solver.variables))(u)
     restrict = eqx.filter_jit(jax.vmap(lambda q: target.restrict(q, coarse, half.variables)))

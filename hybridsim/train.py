@@ -37,7 +37,8 @@ class Recipe:
 
     - `unroll`: frames unrolled in each phase, growing; `updates`: optimiser steps per phase.
     - `batch`: windows per update; `rate`: peak learning rate, warmed up over 50 updates, then cosine to 2 % of it.
-    - `clip`: global norm of the gradient; `power`: p of the loss weight |k|^{2p} on the velocity error (0 velocity, 1 vorticity).
+    - `clip`: global norm of the gradient; `power`: p of the loss weight |k|^{2p} on the velocity error (0 velocity, 1 vorticity;
+      between walls always 0).
     - `validate_every`: updates between validations; the weights with the best validation t95 are kept.
     - `checkpoint_levels`: nested checkpointing of the unrolled scan, as in `rollout`.
     - `patience`: how many updates in a row may be skipped because they were not finite before training stops.
@@ -112,12 +113,17 @@ def spectral_weight(grid: Grid, power: float) -> Float[np.ndarray, "*k"]:
 
 
 def relative_error(
-    u: Float[Array, "frame c *grid"], truth: Float[Array, "frame c *grid"], weight: Float[Array, "*k"]
+    u: Float[Array, "frame c *grid"], truth: Float[Array, "frame c *grid"], weight: Float[Array, "*k"] | None
 ) -> Float[Array, " frame"]:
-    """e = Σ_k w(k) |û − û_ref|² / Σ_k w(k) |û_ref|², one number per frame; 2 (1 − ρ) for fields of equal norm."""
+    """e = Σ_k w(k) |û − û_ref|² / Σ_k w(k) |û_ref|², one number per frame; 2 (1 − ρ) for fields of equal norm.
+
+    Without a weight (between walls, where there are no Fourier modes) the sums run over cells.
+    """
     axes = tuple(range(2, u.ndim))
 
     def norm(q: Array) -> Array:
+        if weight is None:
+            return jnp.sum(q * q, axis=tuple(range(1, u.ndim)))
         hat = jnp.fft.rfftn(q, axes=axes)
         return jnp.sum(weight[None, None] * (hat.real**2 + hat.imag**2), axis=tuple(range(1, u.ndim)))
 
@@ -125,7 +131,12 @@ def relative_error(
 
 
 def window_loss(
-    model: Model, window: Float[Array, "frames c *grid"], weight: Float[Array, "*k"], every: int, levels: int, key: Array
+    model: Model,
+    window: Float[Array, "frames c *grid"],
+    weight: Float[Array, "*k"] | None,
+    every: int,
+    levels: int,
+    key: Array,
 ) -> Float[Array, ""]:
     """Mean relative error over a window of frames, rolled out from its first one."""
     start = window[0]
@@ -177,7 +188,7 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
     frames = data.shape[1] - 1
     u = np.asarray(_rollouts(model, jnp.asarray(data[:, 0]), frames, every))
     solver = model.solver
-    rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes)
+    rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes, solver)
     mean = np.concatenate([[1.0], rho.mean(axis=0)])
     times = interval * np.arange(frames + 1)
     t95, t95_at_least = diagnostics.crossing_time(times, mean, 0.95)
@@ -213,7 +224,8 @@ def train(
     optimiser = make_optimiser(recipe)
     closures, fixed = eqx.partition(model.closures, eqx.is_inexact_array)
     dtype = data.dtype
-    weight = jnp.asarray(spectral_weight(model.solver.grid, recipe.power), dtype)
+    grid = model.solver.grid
+    weight = jnp.asarray(spectral_weight(grid, recipe.power), dtype) if all(grid.periodic) else None
 
     def with_closures(weights: PyTree) -> Model:
         return eqx.tree_at(lambda m: m.closures, model, eqx.combine(weights, fixed))

@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import xarray as xr
 import yaml
 from rich.console import Console
 
 from hybridsim import storage
 from hybridsim.config import experiment_from, load_experiment
-from hybridsim.experiment import run_experiment
+from hybridsim.experiment import _sentence, _statistics, _statistics_error, evaluate_checks, run_experiment
 from hybridsim.signals import STOP, Interrupted
 from hybridsim.train import train_experiment
 
@@ -156,6 +157,179 @@ def test_a_failed_check_is_exit_code_1(tmp_path, x64, console):
     row = storage.read_json(tmp_path / "failing/summary.json")["checks"][0]
     assert not row["passed"]
     assert "is not at most" in row["sentence"]
+
+
+# Lines, three dimensions, walls, scalars
+
+LINE = {
+    "equation": {"use": "kuramoto_sivashinsky"},
+    "domain": {"lengths": [22.0]},
+    "initial": {"use": "random_waves", "warm_up": 20.0},
+    "samples": {"count": 2, "seed": 3},
+    "time": {"end": 20.0, "frames": 20, "statistics_from": 5.0},
+    "reference": {"solver": "spectral", "shape": [64]},
+    "runs": {
+        "spectral": {"solver": "spectral", "shape": [32], "dt": 0.1},
+        "volumes": {"solver": "finite_volume", "shape": [33], "dt": 0.1, "precision": "float64"},
+        "wild": {"solver": "spectral", "shape": [32], "dt": 1.0, "stepper": "forward_euler", "may_diverge": True},
+    },
+    "checks": {"all": {"drift": 1e-5}, "spectral": {"t95": 5.0, "spectrum_error": 0.2, "statistics_error": 0.2}},
+}
+BOX = {
+    "equation": {"use": "navier_stokes", "viscosity": 0.05, "scalars": {"dye": 0.05}},
+    "domain": {"lengths": [2 * math.pi] * 3},
+    "initial": {"use": "taylor_green"},
+    "samples": {"count": 1, "seed": 1},
+    "time": {"end": 1.0, "frames": 4, "statistics_from": 0.5},
+    "reference": {"solver": "spectral", "shape": [16, 16, 16]},
+    "runs": {
+        "spectral": {"solver": "spectral", "shape": [10, 8, 9], "dt": 0.125},
+        "volumes": {"solver": "finite_volume", "shape": [8, 8, 8], "dt": 0.125},
+    },
+    "checks": {"all": {"drift": 1e-5, "divergence_max": 1e-4}},
+}
+CAVITY = {
+    "equation": {
+        "use": "navier_stokes",
+        "viscosity": 0.05,
+        "boundary_velocity": {"y_upper": {"use": "moving", "velocity": [1.0, 0.0]}},
+    },
+    "domain": {"lengths": [1.0, 1.0], "boundaries": ["no_slip", "no_slip"]},
+    "initial": {"use": "uniform"},
+    "samples": {"count": 1, "seed": 1},
+    "time": {"end": 1.0, "frames": 10, "statistics_from": 0.5},
+    "reference": {"solver": "finite_volume", "shape": [16, 16]},
+    "runs": {"coarse": {"solver": "finite_volume", "shape": [8, 8], "dt": 0.02}},
+    "checks": {"all": {"divergence_max": 1e-4}, "coarse": {"spectrum_error": 1.0, "drift": 1.0, "t80": 1.0}},
+}
+
+
+def strict(path):
+    """JSON without NaN and infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} in {path}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_a_line_is_run_and_judged(tmp_path, x64, console):
+    assert run_experiment(experiment_from(LINE, tmp_path / "line.yaml"), tmp_path / "line", False, console) == 0
+    summary = strict(tmp_path / "line/summary.json")
+    row = summary["runs"]["spectral"]
+    assert list(row["statistics"]) == ["mean_square", "mean_square_slope", "mean_square_curvature"]
+    for numbers in row["statistics"].values():
+        assert numbers["standard_error"] > 0
+        assert numbers["difference"] == pytest.approx(numbers["mean"] / numbers["reference"] - 1)
+    assert row["statistics_error"] == max(abs(n["difference"]) for n in row["statistics"].values())
+    assert 0 < row["wasserstein"] < 0.3
+    assert row["divergence_max"] is None
+    assert "divergence_max" in row["not_defined"]
+    assert row["accuracy"]["metric"] == "t95"
+    ds = storage.open_dataset(tmp_path / "line/spectral.nc")
+    window = ds["mean_square"].sel(time=slice(5, None))
+    assert row["statistics"]["mean_square"]["mean"] == pytest.approx(float(window.mean()))
+    # independent starts: the error of the mean is the spread of their means
+    assert row["statistics"]["mean_square"]["standard_error"] == pytest.approx(float(window.mean("time").std(ddof=1)) / 2**0.5)
+    truth = storage.open_dataset(tmp_path / "line/reference.nc", row["group"])
+    np.testing.assert_allclose(ds["pdf"]["value"], truth["pdf"]["value"])
+    width = float(truth["pdf"]["value"][1] - truth["pdf"]["value"][0])
+    assert float(truth["pdf"].sum()) * width == pytest.approx(1)
+    wild = summary["runs"]["wild"]
+    assert "diverged" in wild["outcome"]
+    assert wild["statistics_error"] is None
+    assert wild["wasserstein"] is None
+    assert wild["statistics"]["mean_square"]["mean"] is None
+    figures = {f.stem for f in (tmp_path / "line/figures").iterdir()}
+    assert {"spacetime", "spectra", "distribution", "statistics", "energy", "conservation"} <= figures
+    assert "vorticity" not in figures
+    assert "statistics error –" in _sentence("wild", wild)
+
+
+def test_three_dimensions_are_run_and_judged(tmp_path, x64, console):
+    assert run_experiment(experiment_from(BOX, tmp_path / "box.yaml"), tmp_path / "box", False, console) == 0
+    rows = strict(tmp_path / "box/summary.json")["runs"]
+    for row in rows.values():
+        assert list(row["statistics"]) == ["energy", "enstrophy", "energy_rate", "scalar_variance:dye"]
+        # one start, three frames: no blocks, no error, and nothing fails
+        assert row["statistics"]["energy"]["standard_error"] is None
+        assert row["statistics_error"] < 0.5
+        assert row["spectrum_error"] is not None
+        assert set(row["drift"]) == {"u", "v", "w", "dye"}
+        assert row["not_defined"] == {}
+    ds = storage.open_dataset(tmp_path / "box/spectral.nc")
+    assert ds["dye"].dims == ("sample", "time", "x", "y", "z")
+    assert (ds["energy_rate"] < 0).all()
+    assert {"vorticity", "scalar", "spectra", "energy"} <= {f.stem for f in (tmp_path / "box/figures").iterdir()}
+
+
+def test_a_cavity_is_run_and_judged(tmp_path, x64, console):
+    """Limits on what a box with walls does not have are not met, and the sentences say why."""
+    assert run_experiment(experiment_from(CAVITY, tmp_path / "cavity.yaml"), tmp_path / "cavity", False, console) == 1
+    summary = strict(tmp_path / "cavity/summary.json")
+    row = summary["runs"]["coarse"]
+    assert row["spectrum_error"] is None
+    assert row["drift"] == {}
+    assert set(row["not_defined"]) == {"spectrum_error", "drift"}
+    assert row["divergence_max"] < 1e-4
+    assert row["t95_at_least"] == 1.0
+    assert row["statistics_error"] < 0.6
+    failed = {c["name"]: c["sentence"] for c in summary["checks"] if not c["passed"]}
+    assert set(failed) == {"spectrum_error", "drift"}
+    assert failed["spectrum_error"] == (
+        "coarse: spectrum_error has no value (there are no spectra between walls), so it cannot be at most 1"
+    )
+    groups = storage.dataset_groups(tmp_path / "cavity/reference.nc")
+    for group in groups:
+        if "convergence" not in group:
+            assert "vorticity" in storage.open_dataset(tmp_path / "cavity/reference.nc", group), group
+    figures = {f.stem for f in (tmp_path / "cavity/figures").iterdir()}
+    assert "vorticity" in figures
+    assert "spectra" not in figures
+
+
+def test_statistics_of_known_means(tmp_path):
+    """mean ± error over starts, relative to the reference; the mean of dE/dt does not count."""
+    times = np.linspace(0, 1.2, 13)
+    known = experiment(tmp_path)
+
+    def dataset(energy, rate, variance):
+        series = ("sample", "time")
+        late = np.where(times >= 0.6 - 1e-9, 1.0, 77.0)
+        return xr.Dataset(
+            {
+                "energy": (series, np.array(energy)[:, None] * late),
+                "energy_rate": (series, np.array(rate)[:, None] * late),
+                "scalar_variance": (("scalar", *series), np.array(variance)[None, :, None] * late),
+            },
+            {"time": times, "scalar": ["dye"]},
+        )
+
+    one, two = dataset([1.0, 3.0], [5.0, 5.0], [0.0, 0.0]), dataset([4.0, 4.0], [0.1, -0.1], [0.0, 0.0])
+    found = _statistics(known, one, two)
+    assert found["energy"] == {
+        "mean": 2.0,
+        "standard_error": pytest.approx(1.0),
+        "reference": 4.0,
+        "reference_standard_error": 0.0,
+        "difference": -0.5,
+    }
+    assert found["scalar_variance:dye"]["difference"] == 0
+    assert _statistics_error(found) == 0.5
+    gone = _statistics(known, dataset([1.0, np.nan], [0.0, 0.0], [0.0, 0.0]), two)
+    assert gone["energy"]["mean"] is None
+    assert _statistics_error(gone) is None
+
+
+def test_checks_on_statistics(tmp_path):
+    rows = {
+        "bare": {"outcome": "finished", "statistics_error": 0.05, "not_defined": {}},
+        "spectral": {"outcome": "finished", "statistics_error": 0.2, "not_defined": {}},
+        "both": {"outcome": "diverged at t = 1", "statistics_error": None, "not_defined": {}},
+    }
+    found = evaluate_checks(experiment(tmp_path, checks={"all": {"statistics_error": 0.1}}), rows)
+    assert [row["passed"] for row in found] == [True, False, False]
+    assert found[2]["sentence"] == "both: statistics_error = not finite is not at most 0.1"
 
 
 TRAINING = {
