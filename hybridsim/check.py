@@ -19,7 +19,6 @@ from jaxtyping import Array
 from hybridsim.config import (
     FROM_RUN,
     ConfigError,
-    Part,
     blank,
     catalogue,
     find_class,
@@ -99,7 +98,7 @@ class _Case:
     def __init__(self, solver: AbstractSolver, closure: AbstractClosure, dtype: str):
         self.solver, self.closure, self.dtype = solver, _cast(closure, dtype), dtype
         self.static = eqx.partition(closure, eqx.is_inexact_array)[1]
-        self.compiled = _jit(self.output)
+        self.compiled = _jit(lambda arrays, u: self.output(arrays, u))
         self.u = random_state(solver, dtype)
 
     def arrays(self, spread: float, seed: int) -> Any:
@@ -137,7 +136,7 @@ def random_state(solver: AbstractSolver, dtype: Any, seed: int = 0) -> Array:
             phase = sum(2 * np.pi * n * x / length for n, x, length in zip(k, mesh, solver.grid.lengths, strict=True))
             field = field + rng.standard_normal() / 3 * np.cos(phase + rng.uniform(0, 2 * np.pi))
         channels.append(field)
-    return _jit(solver.project)(jnp.asarray(np.stack(channels), dtype))
+    return _jit(lambda u: solver.project(u))(jnp.asarray(np.stack(channels), dtype))
 
 
 def _norm(tree: Any) -> float:
@@ -267,7 +266,7 @@ def _refused(lines: list[Line]) -> bool:
     return lines[-1].check == "shape" and lines[-1].passed is False
 
 
-def _checks_in(name: str, solver: AbstractSolver, part: Part, file: Path | None) -> list[Line]:
+def _checks_in(name: str, solver: AbstractSolver, closure: AbstractClosure, file: Path | None) -> list[Line]:
     lines: list[Line] = []
     names = {"forward_euler": "forward_euler", "default": "ssprk3" if solver.linear() is None else "etdrk4"}
     steppers = {key: load_class(catalogue("steppers")[value])() for key, value in names.items()}
@@ -283,11 +282,6 @@ def _checks_in(name: str, solver: AbstractSolver, part: Part, file: Path | None)
             return False
         return True
 
-    supplied = {"dims": solver.grid.ndim, "grid": solver.grid, "variables": solver.variables, "key": jax.random.key(0)}
-    made: list[AbstractClosure] = []
-    if not attempt("shape", lambda: made.append(blank(lambda: part.build(**supplied)))):
-        return lines
-    closure = made[0]
     place = place_of(closure)
     if place not in solver.places:
         add("place", f"{place.__name__} is not taken", ", ".join(p.__name__ for p in solver.places), None)
@@ -358,15 +352,26 @@ def closure_lines(use: str, arguments: Sequence[str], folder: Path) -> list[Line
     origin = find_class(use, catalogue("closures"), "closure", "check", folders)
     part = make_part(use, origin.cls, given, (origin.cls.__name__,), FROM_RUN)
     families: dict[str, list[list[Line]]] = {}
+    refusals: list[ConfigError] = []
     for equation, table in solver_tables().items():
         physics = load_class(catalogue("equations")[equation])()
         for dims in sorted({d for by_dims in table.values() for d in by_dims}):
-            family = f"{equation} {dims}D"
-            families[family] = [
-                _checks_in(f"{family} {name}", load_class(by_dims[dims])(Grid(*BOXES[dims]), physics), part, path)
-                for name, by_dims in sorted(table.items())
-                if dims in by_dims
-            ]
+            found = families[f"{equation} {dims}D"] = []
+            for name, by_dims in sorted(table.items()):
+                if dims not in by_dims:
+                    continue
+                solver = load_class(by_dims[dims])(Grid(*BOXES[dims]), physics)
+                supplied = {"dims": dims, "grid": solver.grid, "variables": solver.variables, "key": jax.random.key(0)}
+                label = f"{equation} {dims}D {name}"
+                try:
+                    closure = blank(lambda supplied=supplied: part.build(**supplied))
+                except ConfigError as error:
+                    refusals.append(error)
+                    found.append([Line("shape", label, str(error), "", False)])
+                else:
+                    found.append(_checks_in(label, solver, closure, path))
+    if len(refusals) == sum(len(found) for found in families.values()):
+        raise refusals[0]
     fits = [family for family, found in families.items() if not all(_refused(each) for each in found)]
     lines: list[Line] = []
     for family, found in families.items():

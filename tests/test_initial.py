@@ -132,7 +132,7 @@ def test_uniform_states_are_uniform_and_at_rest_by_default():
         assert not _start(Uniform(), solver, np.float32).any()
         u = _start(Uniform((1.0, 2.0, 3.0)[:dims]), solver, np.float32)
         assert u.dtype == np.float32
-        for c, value in enumerate((1.0, 2.0, 3.0)[:dims] + (0.0, 0.0)):
+        for c, value in enumerate((*(1.0, 2.0, 3.0)[:dims], 0.0, 0.0)):
             assert (u[c] == value).all()
     # walls do not matter to it
     assert not Uniform()(jax.random.key(0), Grid((4, 4), (1.0, 1.0), ("periodic", "no_slip")), ((0.5, 0.5),) * 2, np.float32).any()

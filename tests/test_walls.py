@@ -154,18 +154,13 @@ def _poiseuille(n, sides="no_slip"):
 
 @pytest.mark.parametrize("sides", ["no_slip", ("no_slip", "free_slip")], ids=["channel", "half channel"])
 def test_poiseuille_flow_driven_by_a_force(sides):
-    errors = []
-    for n in (8, 16, 32):
+    """A parabola is exact: the flow keeps it, and reaches it from rest."""
+    for n in (8, 15):
         solver, exact = _poiseuille(n, sides)
-        u = run(solver, exact, 20.0 if sides == "no_slip" else 60.0, 0.4 * (2 / n) ** 2, ForwardEuler())
-        errors.append(np.abs(u - exact).max() / np.abs(exact).max())
-        assert not u[1].any()
-    print(errors)
-    if sides == "no_slip":
-        assert max(errors) <= 1e-12  # a parabola is exact between walls
-        assert relative(run(solver, 0.5 * exact, 0.1, 0.4 * (2 / n) ** 2, ForwardEuler()), exact) > 0.1  # negative control
-    else:
-        assert 1.95 <= rates(errors)[-1] <= 2.05
+        dt = 0.4 * (2 / n) ** 2
+        assert relative(run(solver, exact, 20.0, dt, ForwardEuler()), exact) <= 1e-13
+        assert relative(run(solver, 0 * exact, 0.5, dt, ForwardEuler()), exact) > 0.1  # negative control
+        assert relative(run(solver, 0 * exact, 150.0, dt, ForwardEuler()), exact) <= 1e-12
 
 
 def test_poiseuille_flow_turned_and_mirrored_and_in_single_precision():
@@ -186,7 +181,7 @@ def _start_up(y, t, viscosity, height=1.0):
 
 def test_couette_flow_starts_up_and_ends_exactly():
     errors = []
-    for n in (8, 16, 32):
+    for n in (16, 32, 64):
         solver = flow(Grid((4, n), (1.0, 1.0), CHANNEL), 0.1, velocity={"y_upper": Moving((2.0, 0.0))})
         rest = np.zeros((2, 4, n))
         exact = sample(solver, lambda x, y: 2 * _start_up(y, 0.5, 0.1), lambda x, y: 0 * x)
@@ -197,35 +192,33 @@ def test_couette_flow_starts_up_and_ends_exactly():
             fine = run(solver, rest, 0.5, dt / 2)
             assert np.abs(fine - u).max() < 0.01 * errors[-1]
             assert same_turned_and_mirrored(solver, rest, u, 0.5, dt, axes=(1,)) <= 1e-13
-        if n == 8:
             final = run(solver, rest, 60.0, dt)
             # a linear profile is exact
             np.testing.assert_allclose(final[0], sample(solver, lambda x, y: 2 * y, lambda x, y: 0 * x)[0], rtol=1e-12)
     print(errors, rates(errors))
-    assert rates(errors)[-1] >= 1.95
+    assert rates(errors)[-1] >= 1.9
 
 
-@pytest.mark.parametrize("side", ["y_lower", "y_upper"])
-def test_stokes_second_problem(side):
+def test_stokes_second_problem():
     """A wall that slides to and fro: u = Re U e^{iωt} sinh(k s) / sinh(k H), k² = iω/ν, s the distance from the wall at rest."""
     omega, viscosity = 3.0, 0.05
+    k = np.sqrt(1j * omega / viscosity)
 
     def exact_at(solver, t):
-        k = np.sqrt(1j * omega / viscosity)
-        distance = (lambda y: 1 - y) if side == "y_lower" else (lambda y: y)
-        return sample(
-            solver,
-            lambda x, y: (np.exp(1j * omega * t) * np.sinh(k * distance(y)) / np.sinh(k)).real,
-            lambda x, y: 0 * x,
-        )
+        wave = lambda x, y: (np.exp(1j * omega * t) * np.sinh(k * (1 - y)) / np.sinh(k)).real  # noqa: E731
+        return sample(solver, wave, lambda x, y: 0 * x)
 
     errors = []
-    for n in (16, 32, 64):
-        solver = flow(Grid((4, n), (1.0, 1.0), CHANNEL), viscosity, velocity={side: Moving((1.0, 0.0), omega)})
-        u = run(solver, exact_at(solver, 0.0), 2.5, 0.4 / n**2 / viscosity)
+    for n in (64, 128, 256):
+        solver = flow(Grid((4, n), (1.0, 1.0), CHANNEL), viscosity, velocity={"y_lower": Moving((1.0, 0.0), omega)})
+        dt = 0.4 / n**2 / viscosity
+        u = run(solver, exact_at(solver, 0.0), 2.5, dt)
         errors.append(np.sqrt(np.mean((u[0] - exact_at(solver, 2.5)[0]) ** 2)))
-    print(side, errors, rates(errors))
-    assert rates(errors)[-1] >= 1.95
+        if n == 64:
+            assert relative(run(solver, exact_at(solver, 0.0), 2.5, dt / 2), u) < 0.01 * errors[-1]
+            assert same_turned_and_mirrored(solver, exact_at(solver, 0.0), u, 2.5, dt, axes=(1,)) <= 1e-13
+    print(errors, rates(errors))
+    assert rates(errors)[-1] >= 1.9
     assert np.abs(exact_at(solver, 2.5) - exact_at(solver, 0.0)).max() > 0.5
 
 
@@ -343,7 +336,7 @@ def _published(reynolds):
 
 
 CAVITIES = [
-    (32, 100, 20.0, 0.025),
+    (32, 100, 20.0, 0.015),
     pytest.param(128, 100, 25.0, 0.01, marks=pytest.mark.slow),
     pytest.param(128, 1000, 100.0, 0.01, marks=pytest.mark.slow),
 ]
@@ -372,15 +365,15 @@ def _duct(y, z, terms=60):
 
 def test_flow_through_a_square_duct():
     errors = []
-    for n in (6, 12, 24):
+    for n in (16, 32, 64):
         solver = flow(Grid((4, n, n), (1.0, 1.0, 1.0), ("periodic", "no_slip", "no_slip")), 1.0, UniformForce((1.0, 0.0, 0.0)))
         exact = sample(solver, lambda x, y, z: _duct(y, z), *(lambda x, y, z: 0 * x,) * 2)
-        u = run(solver, exact, 0.8, 0.18 / n**2, ForwardEuler())
-        errors.append(np.sqrt(np.mean((u[0] - exact[0]) ** 2)))
+        u = run(solver, exact, 0.1, 0.18 / n**2, ForwardEuler())
+        errors.append(np.abs(u[0] - exact[0]).max())
         assert np.abs(u[1:]).max() <= 1e-14
         assert divergence(solver, u) <= 1e-11
     print(errors, rates(errors))
-    assert rates(errors)[-1] >= 1.95
+    assert rates(errors)[-1] >= 1.9
 
 
 @pytest.mark.parametrize("along", [1, 2])
