@@ -21,7 +21,13 @@ BOUNDARIES = ("periodic", "no_slip", "free_slip", "fixed", "outflow")
 
 def _sides(boundaries: Sequence) -> tuple[tuple[str, str], ...]:
     """One word per axis stands for both of its sides."""
-    return tuple((b, b) if isinstance(b, str) else tuple(b) for b in boundaries)
+    pairs = []
+    for given in boundaries:
+        sides = (given, given) if isinstance(given, str) else tuple(given)
+        if len(sides) != 2:
+            raise ValueError(f"boundaries {sides}: an axis has two sides, a lower and an upper one")
+        pairs.append(sides)
+    return tuple(pairs)
 
 
 class Grid(eqx.Module):
@@ -64,8 +70,8 @@ class Grid(eqx.Module):
             for name in sides:
                 if name not in BOUNDARIES:
                     raise ValueError(f"boundary {name!r} is not offered; possible: {', '.join(BOUNDARIES)}")
-            if len(sides) != 2 or ("periodic" in sides and sides != ("periodic", "periodic")):
-                raise ValueError(f"boundaries {sides}: an axis has two sides, and it is periodic on both or on neither")
+            if "periodic" in sides and sides != ("periodic", "periodic"):
+                raise ValueError(f"boundaries {sides}: an axis is periodic on both or on neither of its sides")
 
     @property
     def ndim(self) -> int:

@@ -357,7 +357,7 @@ def adaptive_steps(
 
         state = (z, carry, whole, zero, jnp.ones((), bool))
         z, carry, remaining, _, alive = jax.lax.while_loop(lambda state: (state[2] > 0) & (state[3] < last), adapted, state)
-    lost = lambda part: jax.tree.map(lambda a: jnp.where(alive, a, jnp.nan), part)  # noqa: E731
+    lost = lambda part: jax.tree.map(lambda a: jnp.where(alive, a, jnp.asarray(jnp.nan, a.dtype)), part)  # noqa: E731
     z = {name: part if name == "injected" else lost(part) for name, part in z.items()}
     z, carry = eqxi.nondifferentiable_backward((z, carry), msg=NO_REVERSE)
     return z, carry, remaining

@@ -67,10 +67,11 @@ class StaggeredFiniteVolume(AbstractSolver):
     forces and closures say there. At `outflow` it moves with the flow. Scalars have no gradient normal to any side, so that nothing
     passes a wall, and what enters through a `fixed` side carries the value of the first cell: a uniform scalar stays uniform.
 
-    Order 2 (1 at extrema with the limiter). Momentum (periodic boxes), sums of scalars (no fluid through any side) and, by
-    projection, ∇·u = 0 hold to rounding with any Flux closure: its fluxes through walls and open sides count as zero. Central
-    convection rings where the cell Reynolds number is large. Backflow through `outflow` brings in what is just inside; strong
-    vortices that leave can make that unstable: put the side further downstream.
+    Order 2 (1 at extrema with the limiter); parabolic profiles between walls are exact. Momentum (periodic boxes), sums of
+    scalars (no fluid through any side) and, by projection, ∇·u = 0 hold to rounding with any Flux closure: its fluxes through
+    walls and open sides count as zero. Central convection rings where the cell Reynolds number is large. Backflow through
+    `outflow` brings in what is just inside; with central convection, vortices as strong as the stream may linger there: put the
+    side further downstream.
     """
 
     grid: Grid

@@ -39,8 +39,8 @@ class KuramotoSivashinsky(eqx.Module):
     Good values: L = 22, a small domain whose chaos is well studied (Cvitanović, Davidchack & Siminos 2010, doi:10.1137/070705623),
     or L ≥ 100; between them a run may settle into a steady state after a long time. u is of order 1.3.
 
-    >>> KuramotoSivashinsky()
-    KuramotoSivashinsky(viscosity=1.0)
+    >>> KuramotoSivashinsky().viscosity
+    1.0
     """
 
     viscosity: float | Float[Array, ""] = eqx.field(default=1.0, converter=_scalar)

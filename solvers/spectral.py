@@ -5,7 +5,7 @@ solver the velocity, and both the mean of every channel apart from its fluctuati
 at (i + ½) Δx: every operation here is translation-invariant, so the half-cell phase never enters.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -122,8 +122,8 @@ class _Spectral(AbstractSolver):
 
     def divergence(self, u: Float[Array, "c *grid"]) -> Float[Array, "*grid"]:
         hat = self._forward(u[: self.dims])
-        slopes = [k * q for k, q in zip(self._k(self._arrays(u.dtype)), hat, strict=True)]
-        return self._inverse(1j * sum(slopes[1:], slopes[0]))
+        first, *rest = [k * q for k, q in zip(self._k(self._arrays(u.dtype)), hat, strict=True)]
+        return self._inverse(1j * jnp.asarray(sum(rest, first)))
 
     def centred(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
         return u
@@ -153,20 +153,20 @@ class _Spectral(AbstractSolver):
     def _amplified(self) -> bool:
         """Whether the linear symbol may be positive, so that what no product sees would grow."""
         growth = self.equation.growth
-        return eqx.is_array(growth) or growth > 0
+        return not isinstance(growth, float) or growth > 0
 
-    def _symbol(self) -> PyTree:
+    def _symbol(self) -> tuple[Any, dict[str, Any]]:
         """−ν k² − μ + A of the velocity, and of the rest of z."""
         square = sum(k**2 for k in self.grid.wavenumbers())
         # The drag of the mean flow is explicit, so that what it takes is counted in `injected` to rounding.
-        rest = {"mean": np.zeros(()), "injected": np.zeros(())}
+        rest: dict[str, Any] = {"mean": np.zeros(()), "injected": np.zeros(())}
         if self.equation.scalars:
             kappa = [-q * square for q in self.equation.scalars.values()]
             rest["scalars"] = np.stack(kappa) if all(isinstance(q, np.ndarray) for q in kappa) else jnp.stack(kappa)
         return -self.equation.viscosity * square - self.equation.drag + self.equation.growth, rest
 
     def _force_arrays(self, dtype) -> tuple[dict[str, Array], Array | None]:
-        """The mean of the constant force, and its transform where it has more than a mean."""
+        """The mean of the force that depends on nothing, by name, and its transform; None where there is none."""
         forcing = self.equation.forcing
         if forcing is None or not forcing.has_acceleration:
             return {}, None

@@ -214,8 +214,8 @@ class ETDRK2(_Exponential):
     """a = e^{LΔt} z + f₁ N(z);  z₁ = a + f₂ (N(a) − N(z)),  f₁ = (e^{LΔt} − 1)/L,  f₂ = (e^{LΔt} − 1 − LΔt)/(L² Δt).
 
     Exponential time differencing, second order for a diagonal L that it treats exactly (Cox & Matthews 2002,
-    doi:10.1006/jcph.2002.6995, eqs. 20–22). Half the evaluations of `ETDRK4` in a step, and some 70 times its error at equal cost in
-    smooth flows: the choice where something else makes the step inaccurate, such as a held closure.
+    doi:10.1006/jcph.2002.6995, eqs. 20–22). Half the evaluations of `ETDRK4` in a step, and some 70 times its error at equal
+    cost in smooth flows: the choice where something else makes the step inaccurate, such as a held closure.
     """
 
     order: ClassVar[int] = 2

@@ -9,6 +9,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from hybridsim.contract import Real
@@ -37,7 +38,7 @@ def boundary_velocity(
     if given is None:
         return jnp.zeros(shape, t.dtype)
     reach = [0.5 / np.sqrt(3) if component == axis else 0.0] * grid.ndim
-    total = 0.0
+    total = jnp.zeros(shape, t.dtype)
     points = list(itertools.product(*[(-r, r) if r and a != axis else (0.0,) for a, r in enumerate(reach)]))
     for point in points:
         position = tuple(
@@ -79,7 +80,7 @@ def check_walls(equation: NavierStokes, grid: Grid, places: tuple[Place, ...]) -
             )
     if equation.forcing is not None and equation.forcing.has_band:
         raise ValueError(f"equation.forcing: {type(equation.forcing).__name__} acts on Fourier modes and needs periodic boundaries")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(equation.boundary_velocity)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(equation.boundary_velocity)):
         return
     with jax.ensure_compile_time_eval():
         inflow = gross = 0.0

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flows import BOTH, default_stepper, kolmogorov, random_flow, relative, solver_of, square
+from test_model import _double_values
 
 from hybridsim import experiment as running
 from hybridsim import storage
@@ -295,7 +296,12 @@ def test_a_blow_up_is_located(kind, closure):
 # --- derivatives -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "stepper"), [*CASES, ("spectral", CrankNicolsonRK4)], ids=[*IDS, "spectral CrankNicolsonRK4"])
+@pytest.mark.parametrize(("kind", "stepper"), [
+    ("spectral", ETDRK4),
+    ("finite_volume", SSPRK3),
+    pytest.param("spectral", SSPRK3, marks=pytest.mark.slow),
+    pytest.param("spectral", CrankNicolsonRK4, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_forward_differentiation_works_and_reverse_says_why_not(kind, stepper):
     model = _model(kind, stepper, dt=0.1)
     model = eqx.tree_at(lambda m: m.solver.equation.viscosity, model, jnp.asarray(1e-2))
@@ -316,6 +322,15 @@ def test_forward_differentiation_works_and_reverse_says_why_not(kind, stepper):
     for argument in (0, 1):
         with pytest.raises(RuntimeError, match=r"courant: .* cannot be differentiated in reverse.*fixed dt"):
             jax.grad(lambda u, nu: jnp.sum(last(u, nu) ** 2), argument)(u, viscosity)
+
+
+@pytest.mark.usefixtures("x64")
+def test_no_double_precision_in_single_precision_steps():
+    model = _model("finite_volume", None, (Remembering(), Kick()))
+    u = _start("finite_volume")
+    prepared = model.prepare(u.dtype)
+    state = (prepared.solver.encode(u), model.init_carry(u), jnp.zeros((), jnp.int32))
+    assert _double_values(jax.make_jaxpr(lambda z, carry, step: advance(model, prepared, z, carry, step, 2))(*state).jaxpr) == []
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------------

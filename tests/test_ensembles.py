@@ -165,18 +165,19 @@ def numbers_on_devices() -> dict:
     }
 
     # derivatives, and what surrounds an ensemble
-    model, u = _model("spectral", (learned(0, 0.1),), n=16), _starts("spectral", 3, 16)
+    model, u = _model("spectral", (learned(0, 0.1),)), _starts("spectral", 3)
 
     def energy(model, u, how):
         if how == "ensemble":
             return jnp.mean(ensemble(model, u, 2, every=3, checkpoint_levels=1).u ** 2)
-        return jnp.mean(jnp.stack([rollout(model, State(q), 2, every=3).u for q in u]) ** 2)
+        return jnp.mean(jax.vmap(lambda q: rollout(model, State(q), 2, every=3).u)(u) ** 2)
 
     gradient = eqx.filter_jit(eqx.filter_grad(energy))
     pairs = zip(*(jax.tree.leaves(gradient(model, u, how)) for how in ("ensemble", "rollouts")), strict=True)
     found["reverse"] = float(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs))
     tangents = [jax.jvp(lambda q, how=how: energy(model, q, how), (u,), (u,))[1] for how in ("ensemble", "rollouts")]
     found["forward"] = float(abs(tangents[0] - tangents[1]) / abs(tangents[1]))
+    model = _model("spectral")
     inside = eqx.filter_jit(lambda q: ensemble(model, q, 2).u)(u)
     found["under jit"] = float(np.abs(np.asarray(inside) - ensemble(model, u, 2).u).max())
     batched = eqx.filter_jit(jax.vmap(lambda q: ensemble(model, q, 1).u))(jnp.stack([u, 2 * u]))

@@ -17,6 +17,12 @@ pytestmark = pytest.mark.usefixtures("x64")
     ((8, 8), (1.0, float("nan")), (), "positive and finite"),
     ((8, 8, 8, 8), (1.0,) * 4, (), "one to three axes"),
     ((8, 8), (1.0, 1.0), ("periodic", "wall"), "'wall' is not offered; possible: periodic"),
+    ((8, 8), (1.0, 1.0), ("periodic", ("no_slip", "wall")), "'wall' is not offered; possible: periodic"),
+    ((8, 8), (1.0, 1.0), ("periodic",), "one entry per axis"),
+    ((8, 8), (1.0, 1.0), (("periodic", "no_slip"), "periodic"), "an axis is periodic on both or on neither"),
+    ((8, 8), (1.0, 1.0), (("no_slip", "periodic"), "periodic"), "an axis is periodic on both or on neither"),
+    ((8, 8), (1.0, 1.0), (("no_slip",), "periodic"), "an axis has two sides"),
+    ((8, 8), (1.0, 1.0), (("no_slip",) * 3, "periodic"), "an axis has two sides"),
 ])  # fmt: skip
 def test_impossible_grids_are_refused(shape, lengths, boundaries, words):
     with pytest.raises(ValueError, match=words):
@@ -32,7 +38,18 @@ def test_coordinates_and_measures():
     np.testing.assert_array_equal(y, [0.5, 1.5, 2.5, 3.5, 4.5])
     np.testing.assert_array_equal(grid.coordinates((1.0, 0.5))[0], [2, 4, 6, 8])
     assert grid.mesh()[0].shape == (4, 5)
-    assert grid.boundaries == ("periodic", "periodic")
+    assert grid.boundaries == (("periodic", "periodic"),) * 2
+
+
+def test_boundaries_are_pairs_and_one_word_stands_for_both_sides():
+    grid = Grid((4, 5, 6), (1.0, 2.0, 3.0), ("periodic", "no_slip", ("fixed", "outflow")))
+    assert grid.boundaries == (("periodic", "periodic"), ("no_slip", "no_slip"), ("fixed", "outflow"))
+    assert grid.periodic == (True, False, False)
+    other = grid.with_shape((8, 5, 3))
+    assert (other.shape, other.lengths, other.boundaries) == ((8, 5, 3), grid.lengths, grid.boundaries)
+    assert Grid((4, 5), (1.0, 2.0), (["no_slip", "free_slip"], "periodic")).boundaries[0] == ("no_slip", "free_slip")
+    assert Grid((4,), (1.0,)) == Grid((4,), (1.0,), ("periodic",)) != Grid((4,), (1.0,), ("no_slip",))
+    assert hash(Grid((4,), (1.0,))) == hash(Grid((4,), (1.0,), (("periodic", "periodic"),)))
 
 
 def test_flux_places_fold_into_the_cell():
