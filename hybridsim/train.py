@@ -412,6 +412,8 @@ def _model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
     closures = experiment.closures_for(label, weights=False, seed=seed)
     if parameters(closures) == 0:
         raise ConfigError(f"train.run: the closures of {label!r} have no arrays, so there is nothing to train")
+    if experiment.adaptive(label):
+        raise ConfigError(f"runs.{label}.adaptive: a run that is trained needs a fixed time step; remove adaptive and give dt")
     model = experiment.model_for(label, closures=closures)
     every = round(interval / model.step_time)
     if every < 1 or not math.isclose(every * model.step_time, interval, rel_tol=1e-9):
@@ -547,7 +549,7 @@ def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
 
 def without_closures(model: Model) -> Model:
     """The same model without closures."""
-    return Model(model.solver, model.stepper, model.dt, (), (), model.substeps)
+    return Model(model.solver, model.stepper, model.dt, (), (), model.substeps, model.courant)
 
 
 def _said(scores: dict[str, Any]) -> str:

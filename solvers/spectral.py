@@ -330,7 +330,7 @@ class Spectral3D(_Spectral):
     Pseudo-spectral Navier–Stokes in 3D, triply periodic; the pressure is taken out by projection (Orszag & Patterson 1972,
     doi:10.1103/PhysRevLett.28.76). One evaluation takes nine transforms, and four more for each scalar. With `two_thirds` it takes
     eight: u × ω is then the same as −∇·(u u), and the stress less its last diagonal component has five entries (Basdevant 1983,
-    doi:10.1016/0021-9991(83)90064-5). Where products are aliased the rotational form is the safe one: it does no work even then,
+    doi:10.1016/0021-9991(83)90064-5). Where products are aliased the rotational form is the safe one: u · (u × ω) = 0 even then,
     while −∇·(u u) blows up on coarse grids. The mean flow ∂t ⟨u⟩ = ⟨f⟩ − μ ⟨u⟩ is kept.
 
     **Arguments:**

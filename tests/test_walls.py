@@ -389,6 +389,25 @@ def test_poiseuille_flow_in_three_dimensions_along_every_axis(along):
     assert not np.delete(u, along, axis=0).any()
 
 
+def test_a_lid_drives_a_cube():
+    """Turned about the diagonal of the cube, and its own mirror image across the lid's motion; with an eddy viscosity."""
+    n = 8
+    run_along = lambda lid, velocity: evolve(  # noqa: E731
+        flow(Grid((n,) * 3, (1.0,) * 3, ("no_slip",) * 3), 1e-2, None, {lid: Moving(velocity)}), SSPRK2(), np.zeros((3, n, n, n)),
+        0.05, 20, (Smagorinsky(0.2),),
+    )  # fmt: skip
+    u = run_along("y_upper", (1.0, 0.0, 0.0))
+    assert divergence(flow(Grid((n,) * 3, (1.0,) * 3, ("no_slip",) * 3), 1e-2), u) <= 1e-12
+    assert 0.3 < u[0].max() < 1
+    assert u[0].min() < -0.02
+    assert u[1].max() > 0.02
+    assert relative(np.flip(u[:2], 3), u[:2]) <= 1e-13
+    w = np.concatenate([np.zeros((n, n, 1)), u[2]], axis=2)
+    np.testing.assert_allclose(np.flip(w, 2), -w, rtol=0, atol=1e-14)
+    there = run_along("z_upper", (0.0, 1.0, 0.0))
+    assert relative(there, np.transpose(u[[2, 0, 1]], (0, 3, 1, 2))) <= 1e-13
+
+
 class Mixing(Flux):
     """F[a, c] = −ν (1 + |Δ∇u|²) ∂_a u_c for every channel, and a second derivative on the way: all that a view offers.
 
