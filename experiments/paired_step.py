@@ -123,7 +123,7 @@ def cases(size: int, steps: int) -> dict[str, Callable[[], tuple[Stepped, Steppe
     dt = 0.5 * grid.spacing[0] / 7
 
     def spectral():
-        solver = Spectral2D(grid, equation, "two_thirds")
+        solver = Spectral2D(grid, equation, dealias="two_thirds")
         u = initial(jax.random.key(0), grid, (grid.centre,) * 2, jnp.float32)
         return ours(solver, CrankNicolsonRK4(), u, dt, steps), jax_cfd_spectral(solver, u, dt, steps)
 
