@@ -19,6 +19,7 @@ AXES = ("x", "y", "z")
 TAKEN = (
     *("u", "v", "w", "p", "x", "y", "z", "x_face", "y_face", "z_face", "sample", "time", "variable", "scalar", "wavenumber"),
     *("energy", "enstrophy", "energy_rate", "scalar_variance", "spectrum", "drift", "divergence_max", "correlation"),
+    *("vorticity", "pdf", "wasserstein", "value"),
 )
 """What no scalar can be called: the names of other channels, and of what is stored beside them."""
 
@@ -459,9 +460,8 @@ class NavierStokes(eqx.Module):
             raise ValueError(f"viscosity: must be finite and not negative, found {self.viscosity}")
         for name, value in self.scalars.items():
             if not name.isidentifier() or name in TAKEN:
-                taken = ", ".join(TAKEN)
                 raise ValueError(
-                    f"scalars: {name!r} cannot name a scalar; use letters, digits and underscores, and none of {taken}"
+                    f"scalars: {name!r} cannot name a scalar: it is no plain word, or has a meaning in the files; choose another"
                 )
             if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
                 raise ValueError(f"scalars.{name}: the diffusivity must be finite and not negative, found {value}")

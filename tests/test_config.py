@@ -376,7 +376,7 @@ def test_a_solver_is_chosen_by_the_number_of_dimensions(folder: Path):
         ("equation.scalars={dye: -1}", "equation.scalars.dye: the diffusivity must be finite and not negative, found -1.0"),
         (
             "equation.scalars={u: 1}",
-            "equation.scalars: 'u' cannot name a scalar; use letters and digits, and not u, v, w, p, x, y, z",
+            "equation.scalars: 'u' cannot name a scalar: it is no plain word, or has a meaning in the files; choose another",
         ),
         ("equation.scalars=3", "equation.scalars: needs a mapping (key: value), found 3"),
         (
