@@ -18,7 +18,7 @@ ROOM_FILES = {room: sorted((ROOT / room).rglob("*.py")) for room in ROOMS}
 PACKAGE_FILES = [*ENGINE_FILES, *(file for files in ROOM_FILES.values() for file in files)]
 
 SET_UP_AND_RUN = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/hybridsim run coarse_turbulence.yaml"
-SET_UP_AND_TEST = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
+SET_UP_AND_TEST = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n 2"
 
 
 def name_of(file):
