@@ -16,7 +16,14 @@ from jaxtyping import Array, Float, PyTree
 
 from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
 from hybridsim.grid import Grid, Place, cell_mean, face_mean, resample
-from hybridsim.solvers.incompressible import AXES, SIDES, NavierStokes
+from hybridsim.solvers.incompressible import (
+    AXES,
+    SIDES,
+    AbstractBandForce,
+    AbstractGrowth,
+    AbstractStandingForce,
+    NavierStokes,
+)
 from hybridsim.solvers.poisson import Poisson
 from hybridsim.solvers.walls import HALO, boundary_velocity, check_walls, fixed_velocities, padded, side_name, value_on_side
 
@@ -106,7 +113,7 @@ class StaggeredFiniteVolume(AbstractSolver):
     def prepare(self, dtype) -> "StaggeredFiniteVolume":
         arrays: dict[str, Any] = {"poisson": Poisson(self.grid, dtype)}
         arrays["normal"] = fixed_velocities(self.equation, self.grid, self._places, dtype)
-        if self.equation.forcing is not None and self.equation.forcing.has_acceleration:
+        if isinstance(self.equation.forcing, AbstractStandingForce):
             arrays["force"] = self.equation.forcing.acceleration(self.grid, self._places, dtype)
         return eqx.tree_at(lambda s: s.arrays, self, arrays, is_leaf=lambda a: a is None)
 
@@ -375,14 +382,14 @@ class StaggeredFiniteVolume(AbstractSolver):
         """f at the faces."""
         forcing = self.equation.forcing
         assert forcing is not None
-        force = self._arrays(u.dtype)["force"] if forcing.has_acceleration else jnp.zeros_like(u)
+        force = self._arrays(u.dtype)["force"] if isinstance(forcing, AbstractStandingForce) else jnp.zeros_like(u)
         if not _is_zero(forcing.drag):
             force = force - jnp.asarray(forcing.drag, u.dtype) * u
         axes = tuple(range(1, u.ndim))
-        if not _is_zero(forcing.growth):
+        if isinstance(forcing, AbstractGrowth):
             mean = self.centred(u).mean(axis=axes, keepdims=True)
-            force = force + jnp.asarray(forcing.growth, u.dtype) * (u - jnp.broadcast_to(mean, u.shape))
-        if forcing.has_band:
+            force = force + jnp.asarray(forcing.rate, u.dtype) * (u - jnp.broadcast_to(mean, u.shape))
+        if isinstance(forcing, AbstractBandForce):
             hat = forcing.band_force(jnp.fft.rfftn(u, axes=axes), t, self.grid, self._places)
             force = force + jnp.fft.irfftn(hat, s=self.grid.shape, axes=axes)
         return self._still_on_sides(force, outflow=False)

@@ -41,47 +41,38 @@ def _check_drag(drag) -> None:
 
 
 class AbstractForcing(eqx.Module):
-    """f = a(x) + A (u − ⟨u⟩) + b(û, t) − μ u: the parts that a body force may have; a solver adds them up.
-
-    `drag` is μ and `growth` is A, inverse times; `acceleration` is a(x), which depends on nothing; `band_force` is b, which acts on
-    the Fourier modes of a few large scales (periodic boxes only).
-    """
+    """f = … − μ u: a body force with a linear drag μ ≥ 0. What else it does is the class below that it derives from."""
 
     drag: eqx.AbstractVar[float | Float[Array, ""]]
-
-    @property
-    @abc.abstractmethod
-    def growth(self) -> float | Float[Array, ""]:
-        """A, the rate at which velocity fluctuations are amplified; 0 for none."""
-
-    @property
-    @abc.abstractmethod
-    def has_acceleration(self) -> bool:
-        """Whether `acceleration` gives anything but zeros."""
-
-    @property
-    @abc.abstractmethod
-    def has_band(self) -> bool:
-        """Whether `band_force` gives anything but zeros."""
 
     @abc.abstractmethod
     def check_grid(self, grid: Grid) -> None:
         """Raises `ValueError` where the force cannot be represented on the grid."""
 
+
+class AbstractStandingForce(AbstractForcing):
+    """f = a(x) − μ u: a force that depends on nothing but the place."""
+
     @abc.abstractmethod
     def acceleration(self, grid: Grid, places: tuple[Place, ...], dtype: Any) -> Float[Array, "d *grid"]:
         """a(x), each component at its own place."""
+
+
+class AbstractGrowth(AbstractForcing):
+    """f = A (u − ⟨u⟩) − μ u: velocity fluctuations are amplified at the rate A, an inverse time."""
+
+    rate: eqx.AbstractVar[float | Float[Array, ""]]
+
+
+class AbstractBandForce(AbstractForcing):
+    """f̂ = b(û, t) − μ û: a force on the Fourier modes of a few large scales; periodic boxes only."""
 
     @abc.abstractmethod
     def band_force(self, hat: Complex[Array, "d *k"], t: Real, grid: Grid, places: tuple[Place, ...]) -> Complex[Array, "d *k"]:
         """b̂ for û, both as `rfftn` of the d velocity components at `places`."""
 
 
-def _rest(grid: Grid, places: tuple[Place, ...], dtype: Any) -> Float[Array, "d *grid"]:
-    return jnp.zeros((grid.ndim, *grid.shape), dtype)
-
-
-class Kolmogorov(AbstractForcing):
+class Kolmogorov(AbstractStandingForce):
     """f = A sin(n y) e_x − μ u: a standing shear force and a linear drag.
 
     **Arguments:**
@@ -104,18 +95,6 @@ class Kolmogorov(AbstractForcing):
             raise ValueError(f"wavenumber: a Kolmogorov force needs a positive whole number, found {self.wavenumber}")
         _check_drag(self.drag)
 
-    @property
-    def growth(self) -> float | Float[Array, ""]:
-        return 0.0
-
-    @property
-    def has_acceleration(self) -> bool:
-        return True
-
-    @property
-    def has_band(self) -> bool:
-        return False
-
     def check_grid(self, grid: Grid) -> None:
         if grid.ndim > 1 and 2 * self.wavenumber >= grid.shape[1]:
             raise ValueError(
@@ -129,9 +108,6 @@ class Kolmogorov(AbstractForcing):
         force = jnp.asarray(self.amplitude, dtype) * shape
         return jnp.stack([force] + [jnp.zeros_like(force)] * (grid.ndim - 1))
 
-    def band_force(self, hat, t, grid, places):
-        return jnp.zeros_like(hat)
-
 
 class LinearDrag(AbstractForcing):
     """f = −μ u: friction alone.
@@ -144,29 +120,11 @@ class LinearDrag(AbstractForcing):
     def __check_init__(self):
         _check_drag(self.drag)
 
-    @property
-    def growth(self) -> float | Float[Array, ""]:
-        return 0.0
-
-    @property
-    def has_acceleration(self) -> bool:
-        return False
-
-    @property
-    def has_band(self) -> bool:
-        return False
-
     def check_grid(self, grid: Grid) -> None:
         return None
 
-    def acceleration(self, grid: Grid, places: tuple[Place, ...], dtype: Any) -> Float[Array, "d *grid"]:
-        return _rest(grid, places, dtype)
 
-    def band_force(self, hat, t, grid, places):
-        return jnp.zeros_like(hat)
-
-
-class UniformForce(AbstractForcing):
+class UniformForce(AbstractStandingForce):
     """f = g − μ u: a uniform acceleration, such as the pressure gradient that drives a channel.
 
     **Arguments:**
@@ -183,18 +141,6 @@ class UniformForce(AbstractForcing):
     def __check_init__(self):
         _check_drag(self.drag)
 
-    @property
-    def growth(self) -> float | Float[Array, ""]:
-        return 0.0
-
-    @property
-    def has_acceleration(self) -> bool:
-        return True
-
-    @property
-    def has_band(self) -> bool:
-        return False
-
     def check_grid(self, grid: Grid) -> None:
         if len(self.acceleration_vector) != grid.ndim:
             raise ValueError(
@@ -204,11 +150,8 @@ class UniformForce(AbstractForcing):
     def acceleration(self, grid: Grid, places: tuple[Place, ...], dtype: Any) -> Float[Array, "d *grid"]:
         return jnp.stack([jnp.full(grid.shape, g, dtype) for g in self.acceleration_vector])
 
-    def band_force(self, hat, t, grid, places):
-        return jnp.zeros_like(hat)
 
-
-class Linear(AbstractForcing):
+class Linear(AbstractGrowth):
     """f = A (u − ⟨u⟩) − μ u: amplifies all velocity fluctuations alike and so keeps up isotropic turbulence in physical space.
 
     **Arguments:**
@@ -228,29 +171,11 @@ class Linear(AbstractForcing):
             raise ValueError(f"rate: must be finite, found {self.rate}")
         _check_drag(self.drag)
 
-    @property
-    def growth(self) -> float | Float[Array, ""]:
-        return self.rate
-
-    @property
-    def has_acceleration(self) -> bool:
-        return False
-
-    @property
-    def has_band(self) -> bool:
-        return False
-
     def check_grid(self, grid: Grid) -> None:
         return None
 
-    def acceleration(self, grid: Grid, places: tuple[Place, ...], dtype: Any) -> Float[Array, "d *grid"]:
-        return _rest(grid, places, dtype)
 
-    def band_force(self, hat, t, grid, places):
-        return jnp.zeros_like(hat)
-
-
-class Isotropic(AbstractForcing):
+class Isotropic(AbstractBandForce):
     """f = (P/D) u_b + r (P/√D) (g − (⟨g·u_b⟩/D) u_b) − μ u,  D = ⟨|u_b|²⟩: large scales stirred at random with fixed power P.
 
     u_b is the velocity in the band 0 < |k| ≤ (K + ½) k₀, k₀ = 2π/max L. The first term does the work, exactly P per mass and unit
@@ -294,18 +219,6 @@ class Isotropic(AbstractForcing):
             raise ValueError(f"seed: needs a whole number from 0 to 2³¹ − 1, found {self.seed}")
         _check_drag(self.drag)
 
-    @property
-    def growth(self) -> float | Float[Array, ""]:
-        return 0.0
-
-    @property
-    def has_acceleration(self) -> bool:
-        return False
-
-    @property
-    def has_band(self) -> bool:
-        return True
-
     def _reach(self, grid: Grid) -> tuple[int, ...]:
         """The largest mode number of the band along each axis."""
         return tuple(int((self.wavenumber + 0.5) * length / max(grid.lengths)) for length in grid.lengths)
@@ -317,9 +230,6 @@ class Isotropic(AbstractForcing):
             raise ValueError(
                 f"equation.forcing.wavenumber: the band up to {self.wavenumber} does not fit on a grid of shape {grid.shape}"
             )
-
-    def acceleration(self, grid: Grid, places: tuple[Place, ...], dtype: Any) -> Float[Array, "d *grid"]:
-        return _rest(grid, places, dtype)
 
     def band_force(self, hat, t, grid, places):
         reach = self._reach(grid)
@@ -472,7 +382,7 @@ class NavierStokes(eqx.Module):
 
     @property
     def growth(self) -> float | Real:
-        return 0.0 if self.forcing is None else self.forcing.growth
+        return self.forcing.rate if isinstance(self.forcing, AbstractGrowth) else 0.0
 
     def check_grid(self, grid: Grid) -> None:
         """Raises `ValueError` where a force or a boundary velocity does not fit the grid."""

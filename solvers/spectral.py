@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, PyTree
 
-from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
+from hybridsim.contract import AbstractSolver, Flux, PostStep, Real, Source, Tendency, Variable
 from hybridsim.grid import Grid, resample
-from hybridsim.solvers.incompressible import NavierStokes
+from hybridsim.solvers.incompressible import AbstractBandForce, AbstractStandingForce, NavierStokes
 
 Dealiasing = Literal["hou_li", "two_thirds", "none"]
 
@@ -168,10 +168,17 @@ class _Spectral(AbstractSolver):
     def _force_arrays(self, dtype) -> tuple[dict[str, Array], Array | None]:
         """The mean of the force that depends on nothing, by name, and its transform; None where there is none."""
         forcing = self.equation.forcing
-        if forcing is None or not forcing.has_acceleration:
+        if not isinstance(forcing, AbstractStandingForce):
             return {}, None
         force = forcing.acceleration(self.grid, self._places, dtype)
         return {"force_mean": self._mean(force)}, self._forward(force)
+
+    def _completed(self, rate: dict[str, Array], arrays: dict[str, Array], z: PyTree, t: Real, tendency: Tendency) -> PyTree:
+        """The rates of the fluctuations with those of the means and the closures' part."""
+        mean = self._mean_rate(arrays, z["mean"])
+        rate = {**rate, "mean": mean, "injected": mean}
+        extra = tendency(z, t)
+        return rate if extra is None else rate | {name: rate[name] + part for name, part in extra.items()}
 
     def _mean_rate(self, arrays: dict[str, Array], mean: Float[Array, " c"]) -> Float[Array, " c"]:
         """⟨f⟩ − μ ⟨u⟩, and nothing for the scalars."""
@@ -292,14 +299,10 @@ class Spectral2D(_Spectral):
         if "force" in arrays:
             rate["vorticity"] = rate["vorticity"] + arrays["force"]
         forcing = self.equation.forcing
-        if forcing is not None and forcing.has_band:
+        if isinstance(forcing, AbstractBandForce):
             velocity = self._velocity(z["vorticity"], arrays)
             rate["vorticity"] = rate["vorticity"] + self._curl(forcing.band_force(velocity, t, self.grid, self._places), arrays)
-        rate["mean"] = rate["injected"] = self._mean_rate(arrays, z["mean"])
-        extra = tendency(z, t)
-        if extra is not None:
-            rate |= {name: rate[name] + part for name, part in extra.items()}
-        return rate
+        return self._completed(rate, arrays, z, t, tendency)
 
     def receive(self, flux, source):
         reference = flux if flux is not None else source
@@ -438,13 +441,9 @@ class Spectral3D(_Spectral):
         if "force" in arrays:
             rate["velocity"] = rate["velocity"] + arrays["force"]
         forcing = self.equation.forcing
-        if forcing is not None and forcing.has_band:
+        if isinstance(forcing, AbstractBandForce):
             rate["velocity"] = rate["velocity"] + forcing.band_force(z["velocity"], t, self.grid, self._places)
-        rate["mean"] = rate["injected"] = self._mean_rate(arrays, z["mean"])
-        extra = tendency(z, t)
-        if extra is not None:
-            rate |= {name: rate[name] + part for name, part in extra.items()}
-        return rate
+        return self._completed(rate, arrays, z, t, tendency)
 
     def receive(self, flux, source):
         reference = flux if flux is not None else source

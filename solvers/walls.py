@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from hybridsim.contract import Real
 from hybridsim.grid import Grid, Place
-from hybridsim.solvers.incompressible import AXES, SIDES, NavierStokes
+from hybridsim.solvers.incompressible import AXES, SIDES, AbstractBandForce, NavierStokes
 
 HALO = 2
 """Layers beyond each side: what a limited slope needs."""
@@ -78,7 +78,7 @@ def check_walls(equation: NavierStokes, grid: Grid, places: tuple[Place, ...]) -
                 f"grid: outflow through {side_name(axis, 0)} is not offered (velocities live on the upper faces of the "
                 f"cells); mirror the case along {AXES[axis]} so that the flow leaves through {side_name(axis, 1)}"
             )
-    if equation.forcing is not None and equation.forcing.has_band:
+    if isinstance(equation.forcing, AbstractBandForce):
         raise ValueError(f"equation.forcing: {type(equation.forcing).__name__} acts on Fourier modes and needs periodic boundaries")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(equation.boundary_velocity)):
         return
