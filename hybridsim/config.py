@@ -50,11 +50,13 @@ FROM_RUN = ("dims", "grid", "key", "variables")
 """Arguments of closures that the run supplies: they are not written in YAML."""
 _TABLES = {
     "forcing": ("hybridsim.solvers", "FORCINGS"),
+    "boundary_state": ("hybridsim.solvers", "BOUNDARY_STATES"),
     "boundary_velocity": ("hybridsim.solvers", "BOUNDARY_VELOCITIES"),
+    "cooling": ("hybridsim.solvers", "COOLING"),
 }
 """Arguments that are objects themselves: their table of short names."""
 
-_MAPPINGS = ("boundary_velocity",)
+_MAPPINGS = ("boundary_state", "boundary_velocity")
 """Those of them that map names to such objects."""
 
 
@@ -903,9 +905,10 @@ class Experiment:
                     self.solver_for(self.spec.reference.solver, shape)
                 except ConfigError as error:
                     raise ConfigError(f"{key_path(path)}: {str(error).removeprefix('solver.')}") from error
-        places = tuple(v.at for v in solver.variables)
+        from hybridsim.reference import initial_state
+
         try:
-            jax.eval_shape(lambda key: initial(key, solver.grid, places, "float32"), jax.random.key(0))
+            jax.eval_shape(lambda key: initial_state(initial, key, solver, "float32"), jax.random.key(0))
         except ValueError as error:
             raise ConfigError(f"initial: {first_line(error)}") from error
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -165,7 +166,9 @@ class AbstractSolver(eqx.Module):
 
     `z` is whatever the solver steps (spectral coefficients, say); `u` is the state that everyone else sees, `(c, *grid)` in
     physical space. Between steps only z exists. z is a dict of arrays with a slot `"injected"`: the mean of each channel that
-    forcing has added since `collect` last emptied it, so that conservation can be checked in forced flows.
+    forcing has added since `collect` last emptied it, so that conservation can be checked in forced flows. It may have two slots
+    more, which no stepper mixes: `"events"`, a tally that only grows between two calls of `collect`, and `"memory"`, what the
+    solver itself remembers, such as the random state of a force.
     """
 
     grid: eqx.AbstractVar[Grid]
@@ -180,6 +183,11 @@ class AbstractSolver(eqx.Module):
     @abc.abstractmethod
     def conserved(self) -> tuple[str, ...]:
         """Names of the channels whose sums nothing but `injected` may change."""
+
+    @property
+    def ledger_rows(self) -> tuple[str, ...]:
+        """Names of what `collect` hands out: one row per channel first, then what else a solver keeps books of."""
+        return tuple(v.name for v in self.variables)
 
     @abc.abstractmethod
     def prepare(self, dtype: Any) -> "AbstractSolver":
@@ -237,17 +245,41 @@ class AbstractSolver(eqx.Module):
     def explicit(self, z: PyTree, t: Real, tendency: Tendency) -> PyTree:
         """N(z, t), the closures' contribution included."""
 
+    def euler(self, z: PyTree, t: Real, dt: Real, tendency: Tendency, at: PyTree | None = None, rough: bool = False) -> PyTree:
+        """E(z) = P(z + Δt N(z, t)), or P(z + Δt N(`at`, t)): what explicit steppers are made of.
+
+        Solvers that keep the state within bounds (positive density, say) do it here. `rough` asks for no more than first order in
+        space, for predictors.
+        """
+        rate = self.explicit(z if at is None else at, t, tendency)
+        return self.constrain(jax.tree.map(lambda q, f: q + dt * f, z, rate))
+
+    def enter(self, z: PyTree, t: Real, dt: Real) -> PyTree:
+        """The first half of what a solver integrates beside the stepper, over [t, t + Δt/2]; the step follows.
+
+        Halves on both sides make the whole second order (Strang 1968, doi:10.1137/0705041). Here nothing.
+        """
+        return z
+
+    def leave(self, z: PyTree, t: Real, dt: Real) -> PyTree:
+        """The second half, over [t + Δt/2, t + Δt]. Here nothing."""
+        return z
+
     @abc.abstractmethod
     def receive(self, flux: Float[Array, "axis c *grid"] | None, source: Float[Array, "c *grid"] | None) -> PyTree:
         """What `explicit` will add for these closure outputs; computed once where a closure is held."""
 
     @abc.abstractmethod
-    def collect(self, z: PyTree) -> tuple[PyTree, Float[Array, " c"]]:
-        """Empties the slot `injected`: (z with zeros there, the mean injected per channel)."""
+    def collect(self, z: PyTree) -> tuple[PyTree, Float[Array, " row"]]:
+        """Empties the slots `injected` and `events`: (z with zeros there, what they held, as `ledger_rows` names it)."""
 
     @abc.abstractmethod
     def stable_dt(self, u: Float[Array, "c *grid"]) -> Real:
         """The time step at Courant number 1 (advection and, where explicit, diffusion)."""
+
+
+KEPT = ("injected", "events", "memory")
+"""The slots of z that are not the flow itself."""
 
 
 class AbstractStepper(eqx.Module):
@@ -268,3 +300,11 @@ class AbstractStepper(eqx.Module):
     def __call__(
         self, solver: AbstractSolver, coefficients: PyTree, z: PyTree, t: Real, dt: Real, tendency: Tendency
     ) -> PyTree: ...
+
+
+def full_step(
+    solver: AbstractSolver, stepper: AbstractStepper, coefficients: PyTree, z: PyTree, t: Real, dt: Real, tendency: Tendency
+) -> PyTree:
+    """z(t) -> z(t + Δt): the stepper, between the two halves of what the solver integrates beside it."""
+    z = stepper(solver, coefficients, solver.enter(z, t, dt), t, dt, tendency)
+    return solver.leave(z, t, dt)

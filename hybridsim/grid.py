@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 Place = tuple[float, ...]
 """Where a value lives inside its cell, per axis: 0.5 is the centre, 1 the right face."""
 
-BOUNDARIES = ("periodic", "no_slip", "free_slip", "fixed", "outflow")
+BOUNDARIES = ("periodic", "no_slip", "free_slip", "reflecting", "fixed", "outflow")
 """Kinds of boundary that a grid may carry; each solver says which of them it takes."""
 
 

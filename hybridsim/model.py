@@ -11,13 +11,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from hybridsim.contract import (
+    KEPT,
     AbstractClosure,
     AbstractSolver,
     AbstractStepper,
     Flux,
+    Interpolation,
     PostStep,
+    Replacement,
     Source,
     View,
+    full_step,
     place_of,
 )
 from hybridsim.samples import gathered, over_samples, padded
@@ -76,7 +80,9 @@ class Model(eqx.Module):
 
     - `solver`, `stepper`: how the equation is discretised in space and in time.
     - `dt`: Δt of one solver step, a time; a model step advances `substeps · dt`.
-    - `closures`: Flux and Source closures are added up; PostStep closures act one after another.
+    - `closures`: Flux and Source closures are added up, and so are the weights of Interpolation closures; PostStep closures act one
+      after another. A Replacement closure takes every step itself, and stands alone: of the solver it needs the grid, the
+      variables, the filter and the constraints, of the stepper nothing.
     - `evaluate`: per closure (or one for all) `"stage"`, `"step"` or n, the solver steps for which its output is held; n divides
       `substeps`, so that nothing held crosses a model step.
     - `substeps`: solver steps per model step.
@@ -129,6 +135,17 @@ class Model(eqx.Module):
                     f"corrections[{i}]: {type(closure).__name__} is a {place.__name__} closure, which {type(self.solver).__name__} "
                     f"does not take; it takes {offered}"
                 )
+            if place is Replacement:
+                if len(self.closures) > 1:
+                    j = 0 if i else 1
+                    raise ValueError(
+                        f"corrections[{i}]: {type(closure).__name__} is a Replacement closure, which takes the whole step and "
+                        f"stands alone; remove corrections[{j}], {type(self.closures[j]).__name__}"
+                    )
+                if when not in (1, "step"):
+                    raise ValueError(
+                        f"corrections[{i}].evaluate: a Replacement closure is the step itself; found {when!r}, use 'step'"
+                    )
             if when == "stage":
                 if place is PostStep:
                     raise ValueError(f"corrections[{i}].evaluate: a PostStep closure acts after steps, not stages")
@@ -172,7 +189,7 @@ class Model(eqx.Module):
             if closure.stochastic:
                 slot["key"] = jax.random.fold_in(key, i)
             closures.append(slot)
-        zero = jnp.zeros((u.shape[0],), u.dtype)
+        zero = jnp.zeros((len(self.solver.ledger_rows),), u.dtype)
         carry = {"closures": closures, "ledger": (zero, zero), "start": jnp.asarray(start, u.dtype)}
         if self.courant is not None:
             carry |= {"steps_taken": jnp.zeros((), jnp.int32), "smallest_dt": jnp.asarray(jnp.inf, u.dtype)}
@@ -194,32 +211,39 @@ class Model(eqx.Module):
         return out, new
 
     def _shape_check(self, i: int, out: Array, place: type, view: View) -> None:
-        c = len(view.variables)
-        want = (view.grid.ndim, c, *view.grid.shape) if place is Flux else (c, *view.grid.shape)
+        c, axes = len(view.variables), view.grid.ndim
+        want = (c, *view.grid.shape)
+        if place is Flux:
+            want = (axes, *want)
+        elif place is Interpolation:
+            want = (axes, 2, c, view.solver.free_weights(), *view.grid.shape)
         if out.shape != want:
             raise ValueError(f"corrections[{i}]: {type(self.closures[i]).__name__} must return shape {want}, found {out.shape}")
 
     def _contribution(self, which: Sequence[int], view: View, slots: list[dict[str, Any]]) -> tuple[PyTree, list[dict[str, Any]]]:
         """Σ of the outputs of the closures `which`, in the solver's own form; None if there are none."""
-        flux = source = None
+        total: dict[type, Array] = {}
         slots = list(slots)
         for i in which:
             place = place_of(self.closures[i])
             out, slots[i] = self._call(i, view, slots[i])
             self._shape_check(i, out, place, view)
             out = out.astype(view.u.dtype)
-            if place is Flux:
-                flux = out if flux is None else flux + out
-            else:
-                source = out if source is None else source + out
-        if flux is None and source is None:
-            return None, slots
-        return view.solver.receive(flux, source), slots
+            total[place] = total[place] + out if place in total else out
+        flux, source = total.get(Flux), total.get(Source)
+        part = {} if flux is None and source is None else view.solver.receive(flux, source)
+        if Interpolation in total:
+            part = {**part, **view.solver.receive_weights(total[Interpolation])}
+        return part or None, slots
 
     def _solver_steps(self, prepared: Prepared, z: PyTree, slots: list, t: Array, count: int) -> tuple[PyTree, list]:
         """`count` solver steps in a row, unrolled."""
         solver, coefficients, dt = prepared
-        tendencies = [i for i, c in enumerate(self.closures) if isinstance(c, Flux | Source)]
+        if self.closures and isinstance(self.closures[0], Replacement):
+            for k in range(count):
+                z, slots = self._changed(0, solver, z, slots, t + k * dt, dt)
+            return z, slots
+        tendencies = [i for i, c in enumerate(self.closures) if isinstance(c, Flux | Source | Interpolation)]
         staged = [i for i in tendencies if self.evaluate[i] == "stage"]
         afterwards = [i for i, c in enumerate(self.closures) if isinstance(c, PostStep)]
         held: dict[int, PyTree] = {}
@@ -243,18 +267,25 @@ class Model(eqx.Module):
                 return _sum([p for p in (constant, part) if p is not None])
 
             with jax.named_scope(type(self.stepper).__name__):
-                z = self.stepper(solver, coefficients, z, now, dt, tendency)
+                z = full_step(solver, self.stepper, coefficients, z, now, dt, tendency)
             for i in staged:
                 if "key" in slots[i]:
                     slots = [*slots[:i], {**slots[i], "key": jax.random.split(slots[i]["key"])[0]}, *slots[i + 1 :]]
             for i in afterwards:
                 if (k + 1) % self.evaluate[i] == 0:  # pyright: ignore[reportOperatorIssue]
-                    u = solver.decode(z)
-                    out, changed = self._call(i, View(u, now + dt, dt, solver), slots[i])
-                    slots = [*slots[:i], changed, *slots[i + 1 :]]
-                    self._shape_check(i, out, PostStep, View(u, now, dt, solver))
-                    z = {**solver.encode(u + out.astype(u.dtype)), "injected": z["injected"]}
+                    z, slots = self._changed(i, solver, z, slots, now + dt, dt)
         return z, slots
+
+    def _changed(self, i: int, solver: AbstractSolver, z: PyTree, slots: list, t: Array, dt: Array) -> tuple[PyTree, list]:
+        """P(u + d), d the output of closure i at time t; what z holds beside the flow is kept, and new events are added."""
+        view = View(solver.decode(z), t, dt, solver)
+        out, slot = self._call(i, view, slots[i])
+        self._shape_check(i, out, PostStep, view)
+        new = solver.encode(view.u + out.astype(view.u.dtype))
+        kept = {name: z[name] for name in KEPT if name in z}
+        if "events" in new:
+            kept["events"] = z["events"] + new["events"]
+        return {**new, **kept}, [*slots[:i], slot, *slots[i + 1 :]]
 
     def _model_step(self, prepared: Prepared, z: PyTree, carry: PyTree, t: Array) -> tuple[PyTree, PyTree]:
         """`substeps` solver steps of `prepared.dt` from time t."""
@@ -358,15 +389,18 @@ def adaptive_steps(
         state = (z, carry, whole, zero, jnp.ones((), bool))
         z, carry, remaining, _, alive = jax.lax.while_loop(lambda state: (state[2] > 0) & (state[3] < last), adapted, state)
     lost = lambda part: jax.tree.map(lambda a: jnp.where(alive, a, jnp.asarray(jnp.nan, a.dtype)), part)  # noqa: E731
-    z = {name: part if name == "injected" else lost(part) for name, part in z.items()}
+    z = {name: part if name in KEPT else lost(part) for name, part in z.items()}
     z, carry = eqxi.nondifferentiable_backward((z, carry), msg=NO_REVERSE)
     return z, carry, remaining
 
 
-def _sum(parts: list[PyTree]) -> PyTree | None:
-    if not parts:
-        return None
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
+def _sum(parts: list[dict[str, PyTree]]) -> dict[str, PyTree] | None:
+    """What several groups of closures contribute, added up by name."""
+    total: dict[str, PyTree] = {}
+    for part in parts:
+        added = {name: jax.tree.map(jnp.add, total[name], new) if name in total else new for name, new in part.items()}
+        total = {**total, **added}
+    return total or None
 
 
 class Trajectory(eqx.Module):
@@ -502,6 +536,16 @@ def frames_of(
     return nested_scan(frame_body, (z, carry, step), frames, outer_levels)
 
 
+def _remembering(z: PyTree, carry: PyTree) -> PyTree:
+    """z as it begins, with the solver's own memory from the carry of an earlier rollout."""
+    return {**z, "memory": carry["solver"]} if "solver" in carry else z
+
+
+def _remembered(carry: PyTree, z: PyTree) -> PyTree:
+    """The carry with the solver's own memory, for a later rollout."""
+    return {**carry, "solver": z["memory"]} if "memory" in z else carry
+
+
 @eqx.filter_jit
 def _rolled(
     model: Model, u: Array, carry: PyTree, step: Array, begin: Array, seed: int | Array, frames: int, every: int, levels: int
@@ -510,9 +554,9 @@ def _rolled(
     prepared = model.prepare(u.dtype)
     if carry is None:
         carry = model.init_carry(u, seed, begin)
-    z = prepared.solver.encode(u)
-    (_, carry, step), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
-    return carry, step, out
+    z = _remembering(prepared.solver.encode(u), carry)
+    (z, carry, step), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
+    return _remembered(carry, z), step, out
 
 
 def _check_frames(name: str, frames: int, every: int) -> None:
@@ -550,12 +594,12 @@ def _rolled_together(
     prepared = model.prepare(u.dtype)
     if carry is None:
         carry = jax.vmap(lambda q, key: model.init_carry(q, key, begin))(u, keys)
-    z = jax.lax.optimization_barrier(jax.vmap(prepared.solver.encode)(u))
+    z = jax.lax.optimization_barrier(jax.vmap(lambda u, carry: _remembering(prepared.solver.encode(u), carry))(u, carry))
 
     def one(shared: tuple[Model, Prepared, Array], z: PyTree, carry: PyTree) -> tuple[PyTree, Array]:
         model, prepared, step = shared
-        (_, carry, _), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
-        return carry, out
+        (z, carry, _), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
+        return _remembered(carry, z), out
 
     carry, out = over_samples(one, (model, prepared, step), z, carry)
     return carry, step + frames * every, out

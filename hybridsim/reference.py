@@ -1,5 +1,6 @@
 """ū(t) = restrict(u_fine(t)): fine runs, filtered to the coarse grids as they go, and kept under a hash of their recipe."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hybridsim import storage
-from hybridsim.contract import AbstractSolver, AbstractStepper
+from hybridsim.contract import AbstractSolver, AbstractStepper, full_step
 from hybridsim.grid import Grid, resample
 from hybridsim.samples import gathered, over_samples
 
@@ -43,7 +44,8 @@ def _leap(
 
     def one(shared: Any, z: Any) -> tuple[Any, Array]:
         solver, stepper, coefficients, t, step, count = shared
-        z = jax.lax.fori_loop(0, count, lambda i, q: stepper(solver, coefficients, q, t + i.astype(dtype) * step, step, nothing), z)
+        advance = lambda i, q: full_step(solver, stepper, coefficients, q, t + i.astype(dtype) * step, step, nothing)  # noqa: E731
+        z = jax.lax.fori_loop(0, count, advance, z)
         return z, solver.decode(z)
 
     return over_samples(one, (prepared, stepper, coefficients, t, step, count), z)
@@ -92,6 +94,13 @@ def fine_run(
     return u, smallest
 
 
+def initial_state(initial: Any, key: Array, solver: AbstractSolver, dtype: Any) -> Float[Array, "c *grid"]:
+    """u(x, 0) on the grid of `solver`; initial states with an argument `equation` get the solver's."""
+    places = tuple(v.at for v in solver.variables)
+    wanted = "equation" in inspect.signature(type(initial).__call__).parameters
+    return initial(key, solver.grid, places, dtype, **({"equation": solver.equation} if wanted else {}))  # pyright: ignore
+
+
 def warm_starts(
     solver_on: Callable[[Grid], AbstractSolver],
     stepper: AbstractStepper,
@@ -105,7 +114,7 @@ def warm_starts(
     coarse = grid.with_shape(initial.warm_up_shape) if getattr(initial, "warm_up_shape", None) else grid
     solver = solver_on(coarse)
     places = tuple(v.at for v in solver.variables)
-    u = jnp.stack([initial(key, coarse, places, dtype) for key in keys])
+    u = jnp.stack([initial_state(initial, key, solver, dtype) for key in keys])
     total = getattr(initial, "warm_up", 0.0)
     nothing = lambda _f, _u: None  # noqa: E731
     if total > 0:

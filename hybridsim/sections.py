@@ -39,7 +39,7 @@ Length = Annotated[float, BeforeValidator(parse_length), Strict(), Field(gt=0, a
 Shape = Annotated[list[Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)]], Field(min_length=1, max_length=3)]
 Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Precision = Literal["float32", "float64"]
-Boundary = Literal["periodic", "no_slip", "free_slip", "fixed", "outflow"]
+Boundary = Literal["periodic", "no_slip", "free_slip", "reflecting", "fixed", "outflow"]
 
 
 class Section(BaseModel):
@@ -85,7 +85,7 @@ class Domain(Section):
     boundaries: Annotated[list[Boundary | Annotated[list[Boundary], Field(min_length=2, max_length=2)]], Field(max_length=3)] = (
         Field(
             default_factory=list,
-            description="per axis one kind, or [lower, upper]: periodic (default), no_slip, free_slip, fixed, outflow",
+            description="per axis one kind, or [lower, upper]: periodic (default), no_slip, free_slip, reflecting, fixed, outflow",
         )
     )
 
@@ -158,6 +158,16 @@ class Compare(Section):
     modes: Count | None = Field(
         default=None, description="modes |k_i| ≤ K that are compared (default: half the coarsest N, minus 1)"
     )
+    at: Positive | None = Field(default=None, description="time at which the error of a gas is quoted (default: time.end)")
+
+
+class Floors(Section):
+    """Limits on what the floors under density and pressure did."""
+
+    says: ClassVar[str] = "checks.floors"
+    events: NotNegative | None = Field(default=None, description="how often a floor stood in, over all starts")
+    mass: NotNegative | None = Field(default=None, description="the mass that it stood for, relative to the box's at the start")
+    energy: NotNegative | None = Field(default=None, description="the energy that it stood for, relative to the box's at the start")
 
 
 class Checks(Section):
@@ -169,6 +179,20 @@ class Checks(Section):
     spectrum_error: NotNegative | None = Field(default=None, description="mean |ln E/E_ref|")
     statistics_error: NotNegative | None = Field(
         default=None, description="largest relative difference of a long-run mean from the reference's"
+    )
+    error: NotNegative | None = Field(
+        default=None, description="gas: the larger of the relative L2 errors of ρ and √ρ v at compare.at"
+    )
+    density_error: NotNegative | None = Field(default=None, description="gas: relative L2 error of ρ at compare.at")
+    weighted_velocity_error: NotNegative | None = Field(default=None, description="gas: relative L2 error of √ρ v at compare.at")
+    pressure_error: NotNegative | None = Field(default=None, description="gas: relative L2 error of the pressure at compare.at")
+    temperature_error: NotNegative | None = Field(
+        default=None, description="cooling gas: L1 distance of the mass per temperature bin, over the mass"
+    )
+    floors: Floors | None = Field(default=None, description="gas: limits on events, mass and energy of floors")
+    limited_faces: NotNegative | None = Field(default=None, description="gas: how often a flux was limited for positivity")
+    bound_violations: NotNegative | None = Field(
+        default=None, description="gas: stages with a time step beyond the bound of the positivity limiter"
     )
     t95: NotNegative | None = Field(default=None, description="least time at which the correlation falls below .95")
     t80: NotNegative | None = Field(default=None, description="least time at which the correlation falls below .80")

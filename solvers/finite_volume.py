@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
 from hybridsim.grid import Grid, Place, cell_mean, face_mean, resample
+from hybridsim.solvers import staggering
 from hybridsim.solvers.incompressible import (
     AXES,
     SIDES,
@@ -25,6 +26,7 @@ from hybridsim.solvers.incompressible import (
     NavierStokes,
 )
 from hybridsim.solvers.poisson import Poisson
+from hybridsim.solvers.staggering import part
 from hybridsim.solvers.walls import HALO, boundary_velocity, check_walls, fixed_velocities, padded, side_name, value_on_side
 
 Convection = Literal["van_leer", "central"]
@@ -41,10 +43,6 @@ def limited_slope(below: Float[Array, "*grid"], above: Float[Array, "*grid"]) ->
     total = below + above
     safe = jnp.where(product > 0, total, 1)
     return jnp.where(product > 0, 2 * product / safe, 0)
-
-
-def _part(q: Array, start: int, stop: int, axis: int) -> Array:
-    return jax.lax.slice_in_dim(q, start, stop, axis=axis)
 
 
 def _is_zero(value: float | Array) -> bool:
@@ -132,7 +130,7 @@ class StaggeredFiniteVolume(AbstractSolver):
     def _side(self, q: Array, axis: int, side: int) -> Array:
         """The normal velocity on a side of `axis` that is no outflow; one entry along `axis`."""
         given = self._normal(q.dtype).get(side_name(axis, side))
-        return jnp.zeros_like(_part(q, 0, 1, axis)) if given is None else given
+        return jnp.zeros_like(part(q, 0, 1, axis)) if given is None else given
 
     def _on_upper_side(self, axis: int) -> Array:
         """Which entries lie on the upper side, if they live on faces of `axis`."""
@@ -155,7 +153,7 @@ class StaggeredFiniteVolume(AbstractSolver):
         """u_{i−1} of velocity component `axis`, the lower side included."""
         if self.grid.periodic[axis]:
             return shift(q, -1, axis)
-        return jnp.concatenate([self._side(q, axis, 0), _part(q, 0, q.shape[axis] - 1, axis)], axis)
+        return jnp.concatenate([self._side(q, axis, 0), part(q, 0, q.shape[axis] - 1, axis)], axis)
 
     # -- representation ---------------------------------------------------------------------------------------------------------
 
@@ -192,8 +190,8 @@ class StaggeredFiniteVolume(AbstractSolver):
             above = shift(phi, 1, axis)
         else:
             n = phi.shape[axis]
-            last = _part(phi, n - 1, n, axis)
-            above = jnp.concatenate([_part(phi, 1, n, axis), -last if self.grid.boundaries[axis][1] == "outflow" else last], axis)
+            last = part(phi, n - 1, n, axis)
+            above = jnp.concatenate([part(phi, 1, n, axis), -last if self.grid.boundaries[axis][1] == "outflow" else last], axis)
         return (above - phi) / self.grid.spacing[axis]
 
     def restrict(self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "c *grid"]:
@@ -251,42 +249,11 @@ class StaggeredFiniteVolume(AbstractSolver):
     def flux_place(self, axis: int, channel: int):
         return self.grid.flux_place(self._place(channel), axis)
 
-    def _faces_around(self, array: Array, axis: int) -> tuple[Array, Array]:
-        """(f_{i−1}, f_i): the faces below and above each cell. Those on a side of the box count as their inner neighbours: the
-        lower one is not stored, and both sides are to be treated alike."""
-        if self.grid.periodic[axis]:
-            return shift(array, -1, axis), array
-        n = array.shape[axis]
-        inner = _part(array, 0, n - 1, axis)
-        lower = jnp.concatenate([_part(array, 0, 1, axis), inner], axis)
-        upper = jnp.concatenate([inner, _part(array, n - 2, n - 1, axis)], axis)
-        return lower, upper
-
-    def _cells_around(self, array: Array, axis: int) -> tuple[Array, Array]:
-        """(q_i, q_{i+1}): the cells below and above each face; a face on the upper side sees its only cell twice."""
-        if self.grid.periodic[axis]:
-            return array, shift(array, 1, axis)
-        n = array.shape[axis]
-        return array, jnp.concatenate([_part(array, 1, n, axis), _part(array, n - 1, n, axis)], axis)
-
     def move(self, array, from_, to):
-        """Means of the two neighbours along each axis that differs; next to walls and open sides, of those that are inside."""
-        for axis, (a, b) in enumerate(zip(from_, to, strict=True)):
-            if a != b:
-                below, above = (self._cells_around if b > a else self._faces_around)(array, axis)
-                array = 0.5 * (below + above)
-        return array
+        return staggering.move(self.grid, array, from_, to)
 
     def derivative(self, array, at, axis):
-        """Differences of neighbours; a cell or face at a wall or open side takes the difference of its inner neighbour."""
-        n, h = self.grid.shape[axis], self.grid.spacing[axis]
-        below, above = (self._faces_around if at[axis] == 1 else self._cells_around)(array, axis)
-        slope = (above - below) / h
-        if not self.grid.periodic[axis]:
-            parts = [_part(slope, 1, n - 1, axis), _part(slope, n - 2, n - 1, axis)]
-            parts = [_part(slope, 1, 2, axis) if at[axis] == 1 else _part(slope, 0, 1, axis), *parts]
-            slope = jnp.concatenate(parts, axis)
-        return slope, self.grid.flux_place(at, axis)
+        return staggering.derivative(self.grid, array, at, axis)
 
     def _difference(self, q: Array, axis: int, channel: int) -> Array:
         """∂_axis of a channel of the state, at its flux point."""
@@ -307,11 +274,11 @@ class StaggeredFiniteVolume(AbstractSolver):
             for a, h in enumerate(self.grid.spacing):
                 f = flux[a][c]
                 if a == c:
-                    below, above = self._cells_around(f, a)
+                    below, above = staggering.cells_around(self.grid, f, a)
                 elif self.grid.periodic[a]:
                     below, above = shift(f, -1, a), f
                 else:
-                    inner, zero = _part(f, 0, f.shape[a] - 1, a), jnp.zeros_like(_part(f, 0, 1, a))
+                    inner, zero = part(f, 0, f.shape[a] - 1, a), jnp.zeros_like(part(f, 0, 1, a))
                     below, above = jnp.concatenate([zero, inner], a), jnp.concatenate([inner, zero], a)
                 terms.append((above - below) / h)
             out.append(sum(terms[1:], terms[0]))
@@ -373,7 +340,7 @@ class StaggeredFiniteVolume(AbstractSolver):
                 flux = carrier * value - (diffusivity / h) * jump
                 # Each flux serves two cells; without the barrier XLA on CPU computes it twice.
                 flux = jax.lax.optimization_barrier(flux)
-                term = (_part(flux, 1, n + 1, a) - _part(flux, 0, n, a)) / h
+                term = (part(flux, 1, n + 1, a) - part(flux, 0, n, a)) / h
                 total = term if total is None else total + term
             out.append(total)
         return jnp.stack(out)

@@ -73,6 +73,8 @@ def check_walls(equation: NavierStokes, grid: Grid, places: tuple[Place, ...]) -
     if all(grid.periodic):
         return
     for axis, sides in enumerate(grid.boundaries):
+        if "reflecting" in sides:
+            raise ValueError(f"domain.boundaries: incompressible flow has free_slip walls, not reflecting ones, along {AXES[axis]}")
         if sides[0] == "outflow":
             raise ValueError(
                 f"grid: outflow through {side_name(axis, 0)} is not offered (velocities live on the upper faces of the "

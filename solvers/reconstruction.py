@@ -1,0 +1,202 @@
+"""(q_{j−G+1}, …, q_{j+G}) -> (q_L, q_R): values on both sides of face j + ½ from cell means.
+
+Every scheme takes channels that have G more cells on both sides of `axis` and gives the values at the n + 1 faces of the n cells
+inside.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hybridsim.solvers.staggering import part
+
+Pair = tuple[Array, Array]
+"""Values left and right of the faces."""
+
+
+def windows(q: Array, halo: int, axis: int) -> list[Array]:
+    """The 2G cells around each face, from the leftmost to the rightmost."""
+    faces = q.shape[axis] - 2 * halo + 1
+    return [part(q, k, k + faces, axis) for k in range(2 * halo)]
+
+
+# --- limited slopes --------------------------------------------------------------------------------------------------------------
+
+
+def van_leer(below: Array, above: Array) -> Array:
+    """s = 2ab / (a + b) where ab > 0, else 0 (van Leer 1974, doi:10.1016/0021-9991(74)90019-9)."""
+    product, total = below * above, below + above
+    alike = product > 0
+    return jnp.where(alike, 2 * product / jnp.where(alike, total, 1), 0)
+
+
+def monotonised_central(below: Array, above: Array) -> Array:
+    """s = sgn(a) min(½|a + b|, 2|a|, 2|b|) where ab > 0, else 0 (van Leer 1977, doi:10.1016/0021-9991(77)90095-X, eq. 66)."""
+    magnitude = jnp.minimum(0.5 * jnp.abs(below + above), 2 * jnp.minimum(jnp.abs(below), jnp.abs(above)))
+    return jnp.where(below * above > 0, jnp.where(below > 0, magnitude, -magnitude), 0)
+
+
+def _linear(limiter: Callable[[Array, Array], Array]) -> Callable[[Array, int], Pair]:
+    def reconstruct(q: Array, axis: int) -> Pair:
+        n = q.shape[axis]
+        jump = part(q, 1, n, axis) - part(q, 0, n - 1, axis)
+        half = 0.5 * limiter(part(jump, 0, n - 2, axis), part(jump, 1, n - 1, axis))
+        inner = part(q, 1, n - 1, axis)
+        faces = n - 3
+        left = part(inner, 0, faces, axis) + part(half, 0, faces, axis)
+        return left, part(inner, 1, faces + 1, axis) - part(half, 1, faces + 1, axis)
+
+    return reconstruct
+
+
+# --- parabolas -------------------------------------------------------------------------------------------------------------------
+
+
+def _parabolic(q: Array, axis: int) -> Pair:
+    """Limited parabolas; smooth extrema are kept."""
+    n = q.shape[axis]
+
+    def at(k: int, count: int, of: Array = q) -> Array:
+        return part(of, k, k + count, axis)
+
+    # Fourth-order values at the faces between cells k + 1 and k + 2, bounded by limited second differences where they overshoot.
+    faces = n - 3
+    q0, q1, q2, q3 = (at(k, faces) for k in range(4))
+    edge = (7 * (q1 + q2) - (q0 + q3)) / 12
+    d_face, d_left, d_right = 3 * (q1 - 2 * edge + q2), q0 - 2 * q1 + q2, q1 - 2 * q2 + q3
+    bounded = 0.5 * (q1 + q2) - _curvature(d_face, d_left, d_right) / 6
+    edge = jnp.where((edge - q1) * (q2 - edge) < 0, bounded, edge)
+    # Cells 2 … n − 3 have both of their edges and two neighbours on each side.
+    cells = n - 4
+    below, above = at(0, cells, edge), at(1, cells, edge)
+    ll, left, own, right, rr = (at(k, cells) for k in range(5))
+    minus, plus = own - below, above - own
+    d_own = 6 * (below - 2 * own + above)
+    d2_left, d2_own, d2_right = ll - 2 * left + own, left - 2 * own + right, own - 2 * right + rr
+    extremum = (minus * plus <= 0) | ((own - ll) * (rr - own) <= 0)
+    curvature = _curvature(d_own, d2_left, d2_own, d2_right)
+    tiny = jnp.finfo(q.dtype).eps * jnp.maximum(jnp.abs(ll), jnp.maximum(jnp.abs(own), jnp.abs(rr)))
+    flat = jnp.abs(d_own) <= tiny
+    keep = jnp.where(flat, 0, curvature / jnp.where(flat, 1, d_own))
+    # Where the parabola would have its extremum inside the cell, the nearer edge decides.
+    steep_minus = jnp.where(jnp.abs(minus) > 2 * jnp.abs(plus), 2 * plus, minus)
+    steep_plus = jnp.where(jnp.abs(plus) > 2 * jnp.abs(minus), 2 * minus, plus)
+    low = own - jnp.where(extremum, keep * minus, steep_minus)
+    high = own + jnp.where(extremum, keep * plus, steep_plus)
+    return part(high, 0, cells - 1, axis), part(low, 1, cells, axis)
+
+
+def _curvature(first: Array, *others: Array, excess: float = 1.25) -> Array:
+    """The second difference of least magnitude if all have one sign, the others enlarged by a quarter, else 0."""
+    least, alike = jnp.abs(first), jnp.ones(first.shape, bool)
+    for other in others:
+        least = jnp.minimum(least, excess * jnp.abs(other))
+        alike = alike & (first * other > 0)
+    return jnp.where(alike, jnp.where(first > 0, least, -least), 0)
+
+
+# --- weighted essentially non-oscillatory ----------------------------------------------------------------------------------------
+
+
+def _weno5z_side(a: Array, b: Array, c: Array, d: Array, e: Array) -> Array:
+    """The value at the face right of c from five cells."""
+    tiny = jnp.asarray(np.sqrt(float(jnp.finfo(a.dtype).tiny)), a.dtype)
+    smoothness = [
+        13 / 12 * (a - 2 * b + c) ** 2 + 0.25 * (a - 4 * b + 3 * c) ** 2,
+        13 / 12 * (b - 2 * c + d) ** 2 + 0.25 * (b - d) ** 2,
+        13 / 12 * (c - 2 * d + e) ** 2 + 0.25 * (3 * c - 4 * d + e) ** 2,
+    ]
+    candidates = [(2 * a - 7 * b + 11 * c), (-b + 5 * c + 2 * d), (2 * c + 5 * d - e)]
+    global_smoothness = jnp.abs(smoothness[0] - smoothness[2])
+    weights = []
+    for ideal, beta in zip((1, 6, 3), smoothness, strict=True):
+        ratio = global_smoothness / (beta + tiny)
+        weights.append(ideal * (1 + ratio * ratio))
+    total = weights[0] * candidates[0] + weights[1] * candidates[1] + weights[2] * candidates[2]
+    return total / (6 * (weights[0] + weights[1] + weights[2]))
+
+
+def _weno5z(q: Array, axis: int) -> Pair:
+    a, b, c, d, e, f = windows(q, 3, axis)
+    return _weno5z_side(a, b, c, d, e), _weno5z_side(f, e, d, c, b)
+
+
+def _constant(q: Array, axis: int) -> Pair:
+    faces = q.shape[axis] - 1
+    return part(q, 0, faces, axis), part(q, 1, faces + 1, axis)
+
+
+class Reconstruction(NamedTuple):
+    """One scheme: G cells of halo, the order that free weights must keep, and (q with halo, axis) -> values at the faces."""
+
+    halo: int
+    order: int
+    faces: Callable[[Float[Array, "..."], int], Pair]
+
+
+RECONSTRUCTIONS: dict[str, Reconstruction] = {
+    "constant": Reconstruction(1, 1, _constant),
+    "plm_mc": Reconstruction(2, 2, _linear(monotonised_central)),
+    "plm_van_leer": Reconstruction(2, 2, _linear(van_leer)),
+    "ppm": Reconstruction(3, 3, _parabolic),
+    "weno5z": Reconstruction(3, 5, _weno5z),
+}
+"""`reconstruction` of the solver.
+
+- `constant`: first order.
+- `plm_van_leer`, `plm_mc`: linear with limited slopes, second order; the monotonised central limiter is the less dissipative one.
+- `ppm`: parabolas (Colella & Woodward 1984, doi:10.1016/0021-9991(84)90143-8) with limiters that keep smooth extrema (Colella &
+  Sekora 2008, doi:10.1016/j.jcp.2008.03.034, section 2), third order and more in smooth flow.
+- `weno5z`: fifth order (Borges et al. 2008, doi:10.1016/j.jcp.2007.11.038, eqs. 19–28 with power 2).
+"""
+
+
+def null_space(name: str) -> np.ndarray:
+    """Z `(free, 2G)`: orthonormal combinations of the cells around a face that vanish for polynomials below the scheme's order."""
+    scheme = RECONSTRUCTIONS[name]
+    edges = np.arange(-scheme.halo, scheme.halo + 1, dtype=float)
+    conditions = [np.diff(edges ** (p + 1)) / (p + 1) for p in range(scheme.order)]
+    _, _, rows = np.linalg.svd(np.stack(conditions))
+    return rows[scheme.order :]
+
+
+def characteristic(
+    channels: Sequence[Array], faces: Callable[[Array, int], Pair], halo: int, gamma: Array, axis: int, d: int
+) -> tuple[list[Array], list[Array]]:
+    """Reconstruction in the amplitudes p ∓ ρ̄āv, ρ − p/ā² and those that travel with the gas, with the mean state of the two cells.
+
+    Each face has its own combinations, so its 2G cells are stacked along `axis` behind one another.
+    """
+    around = [windows(q, halo, axis) for q in channels]
+    middle = halo - 1, halo
+    rho = 0.5 * (around[0][middle[0]] + around[0][middle[1]])
+    p = 0.5 * (around[d + 1][middle[0]] + around[d + 1][middle[1]])
+    a2 = gamma * p / rho
+    impedance = rho * jnp.sqrt(a2)
+
+    def at_faces(values: list[Array]) -> Pair:
+        """One face per slice of a new last axis: the scheme along it has exactly one face inside."""
+        left, right = faces(jnp.stack(values), 0)
+        return left[0], right[0]
+
+    densities, velocities, pressures = around[0], around[1 + axis], around[d + 1]
+    down = at_faces([q - impedance * v for q, v in zip(pressures, velocities, strict=True)])
+    up = at_faces([q + impedance * v for q, v in zip(pressures, velocities, strict=True)])
+    entropy = at_faces([r - q / a2 for r, q in zip(densities, pressures, strict=True)])
+    carried = {c: at_faces(around[c]) for c in range(1, len(channels)) if c not in (1 + axis, d + 1)}
+    sides = []
+    for side in range(2):
+        pressure = 0.5 * (down[side] + up[side])
+        out = [entropy[side] + pressure / a2]
+        for c in range(1, len(channels)):
+            if c == 1 + axis:
+                out.append((up[side] - down[side]) / (2 * impedance))
+            elif c == d + 1:
+                out.append(pressure)
+            else:
+                out.append(carried[c][side])
+        sides.append(out)
+    return sides[0], sides[1]
