@@ -881,6 +881,9 @@ class Experiment:
                 where = key_path(self._path(label))
                 raise ConfigError(f"{where}: {parts} do not go together: {first_line(error)}{_raised_at(error)}") from error
         most = self._most_modes()
+        at = self.spec.compare.at
+        if at is not None and at > self.spec.time.end:
+            raise ConfigError(f"compare.at: must not lie after time.end = {self.spec.time.end:g}, found {at:g}")
         if self.modes > most:
             raise ConfigError(f"compare.modes: the coarsest run carries fewer than {self.modes} modes; at most {most} are possible")
 
@@ -970,7 +973,7 @@ class Experiment:
             time=section(spec.time, statistics_from=self.statistics_from),
             reference=run("reference"),
             runs={label: run(label) for label in self.labels},
-            compare={"modes": self.modes},
+            compare=section(spec.compare, modes=self.modes),
             checks={label: section(checks) for label, checks in spec.checks.items()},
             train=None if spec.train is None else section(spec.train),
         )

@@ -24,6 +24,7 @@ from hybridsim.grid import Grid, Place
 
 AXES = ("x", "y", "z")
 VELOCITIES = ("u", "v", "w")
+MOMENTA = ("momentum_x", "momentum_y", "momentum_z")
 PIECE = 2**22
 """Values that are transformed at a time: three-dimensional frames do not fit in memory together with their transforms."""
 
@@ -79,6 +80,12 @@ def _by_solver(function: Callable[[jax.Array], jax.Array], u: np.ndarray, grid: 
     """A solver's own function of one state `(c, *grid)`, for every frame of `(…, c, *grid)`."""
     compiled = eqx.filter_jit(lambda frames: jax.lax.map(function, frames))
     return in_pieces(lambda piece: np.asarray(compiled(jnp.asarray(piece)), np.float64), grid, u)
+
+
+def is_gas(variables: Sequence[Variable]) -> bool:
+    """Whether the channels begin with those of a gas: `density`, `momentum_x` …, `energy` (see `hybridsim.gas`)."""
+    d = len(variables[0].at)
+    return tuple(v.name for v in variables[: d + 2]) == ("density", *MOMENTA[:d], "energy")
 
 
 def velocity_channels(grid: Grid, variables: Sequence[Variable]) -> tuple[int, ...]:
@@ -454,14 +461,16 @@ def conserved_sums(u: ArrayLike, grid: Grid) -> np.ndarray:
 def drift_scale(u: ArrayLike, grid: Grid, variables: Sequence[Variable]) -> np.ndarray:
     """Σ_i |q_i| ΔV, the size against which drift is measured: `(…, c, *grid)` at t = 0 -> `(…, c)`.
 
-    Velocity components share Σ|u| of the vector, so that a component that starts at zero has a scale.
+    Velocity components share Σ|u| of the vector, and those of momentum Σ|ρu|, so that one that starts at zero has a scale.
     """
     u = _finite_frames(_float64(u), grid)
     _check(u, grid, len(variables))
     scale = np.abs(u).sum(axis=_space(grid)) * grid.cell_volume
     names = [v.name for v in variables]
-    components = [names.index(name) for name in VELOCITIES if name in names]
-    if components:
+    for vectors in (VELOCITIES, MOMENTA):
+        components = [names.index(name) for name in vectors if name in names]
+        if not components:
+            continue
         vector = np.take(u, components, axis=u.ndim - grid.ndim - 1)
         size = np.sqrt((vector**2).sum(axis=-grid.ndim - 1)).sum(axis=_space(grid)) * grid.cell_volume
         scale[..., components] = size[..., None]
@@ -596,12 +605,21 @@ def field_dataset(
     for c, variable in enumerate(variables):
         names = dimensions(variable.at)
         coords |= _space_coordinates(grid, variable.at, length_unit)
-        if variable.name not in VELOCITIES:
-            long_name = f"scalar {variable.name}"
-        else:
-            long_name = f"velocity along {AXES[VELOCITIES.index(variable.name)]}" if grid.ndim > 1 else variable.name
-        data[variable.name] = (("sample", "time", *names), u[:, :, c], {"long_name": long_name, "units": variable.unit or "1"})
+        about = {"long_name": _long_name(variable, variables), "units": variable.unit or "1"}
+        data[variable.name] = (("sample", "time", *names), u[:, :, c], about)
     return xr.Dataset(data, coords, {key: _attribute(value) for key, value in (attrs or {}).items()})
+
+
+def _long_name(variable: Variable, variables: Sequence[Variable]) -> str:
+    """What a channel is called in files."""
+    name = variable.name
+    if is_gas(variables):
+        known = {"density": "density ρ", "energy": "energy density E"}
+        known |= {q: f"momentum density ρv along {axis}" for q, axis in zip(MOMENTA, AXES, strict=True)}
+        return known.get(name, f"density of the scalar {name}")
+    if name not in VELOCITIES:
+        return f"scalar {name}"
+    return f"velocity along {AXES[VELOCITIES.index(name)]}" if len(variable.at) > 1 else name
 
 
 def _space_coordinates(grid: Grid, at: Place, unit: str) -> dict[str, Any]:

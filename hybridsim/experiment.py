@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridsim import diagnostics, statistics, storage
+from hybridsim import diagnostics, gas, statistics, storage
 from hybridsim.contract import AbstractSolver
 from hybridsim.model import MOST_STEPS, Model, Prepared, adaptive_steps, frames_of
 from hybridsim.progress import Reporter
-from hybridsim.reference import COURANT, FineRunError, Frames, make_frames, sample_keys
+from hybridsim.reference import COURANT, FineRunError, Frames, initial_state, make_frames, sample_keys
 from hybridsim.samples import gathered, over_samples
 from hybridsim.signals import STOP
 from hybridsim.train import parameters
@@ -287,9 +287,8 @@ def _run_one(
     state = _begin(model, u0, keys)
     checkpoints = storage.Checkpoints(work / "checkpoints")
     done, blowups, seconds, compile_seconds = 0, [], 0.0, 0.0
-    channels = start.shape[1]
     u = np.full((samples, frames + 1, *start.shape[1:]), np.nan, u0.dtype)
-    ledger = np.zeros((samples, frames + 1, channels))
+    ledger = np.zeros((samples, frames + 1, len(model.solver.ledger_rows)))
     u[:, 0] = np.asarray(u0)
     if resume:
         found = checkpoints.latest(state)
@@ -373,8 +372,7 @@ def _reference_cost(experiment: "Experiment", dt: float) -> float:
     """Seconds per unit time of the reference solver for one sample, timed over a few steps of the smallest Δt that it took."""
     solver = experiment.reference_solver()
     dtype = np.dtype(experiment.spec.reference.precision)
-    places = tuple(v.at for v in solver.variables)
-    u = experiment.initial()(jax.random.key(0), solver.grid, places, dtype)
+    u = initial_state(experiment.initial(), jax.random.key(0), solver, dtype)
     model = Model(solver, experiment.stepper("reference", solver), dt)
     return _latency(model, _begin(model, u[None], jax.random.split(jax.random.key(0), 1)), 1, 10)
 
@@ -388,35 +386,51 @@ def _dataset(
     """A run's file: its frames, what is measured on them, and how their values are distributed."""
     solver = result.model.solver
     grid, variables = solver.grid, solver.variables
+    frames = reference.groups[group_name(experiment, result.label)]
     ds = diagnostics.field_dataset(result.u, reference.times, grid, variables, attrs)
     volume = grid.cells * grid.cell_volume
-    sums = diagnostics.conserved_sums(result.u[:, :1], grid) + volume * result.ledger
-    ds = diagnostics.with_diagnostics(
-        ds,
-        grid,
-        variables,
-        solver=solver,
-        reference=truth,
-        modes=experiment.modes,
-        statistics_from=experiment.statistics_from,
-        expected_sums=sums,
-    )
+    how = {
+        "modes": experiment.modes,
+        "statistics_from": experiment.statistics_from,
+        "expected_sums": diagnostics.conserved_sums(result.u[:, :1], grid) + volume * result.ledger[..., : len(variables)],
+    }
+    medium = gas.gas_of(solver)
+    if medium is None:
+        ds = diagnostics.with_diagnostics(ds, grid, variables, solver=solver, reference=truth, **how)
+    else:
+        rows = dict(zip(solver.ledger_rows, np.moveaxis(result.ledger, -1, 0), strict=True))
+        ledger = {"energy_added": rows["energy"]} | {name: rows[name] for name in solver.ledger_rows[len(variables) :]}
+        bins = truth["temperature"].values if "temperature" in truth else None
+        ds = gas.with_diagnostics(
+            ds, result.u, grid, variables, medium, conserved=solver.conserved, reference=frames, ledger=ledger, bins=bins, **how
+        )
+        ds["error"].attrs["at"] = stated_time(experiment)
     values = _compared_values(experiment, solver, result.u, reference.times)
-    known = _compared_values(experiment, solver, reference.groups[group_name(experiment, result.label)], reference.times)
+    known = _compared_values(experiment, solver, frames, reference.times)
     distance = float(statistics.wasserstein(values, known, normalised=True))
     about = {"long_name": "Wasserstein distance to the reference, in its standard deviations", "units": "1"}
     return ds.assign({"pdf": _pdf(values, solver, truth["pdf"]), "wasserstein": ((), distance, about)})
 
 
+def stated_time(experiment: "Experiment") -> float:
+    """When the error of a gas is quoted: compare.at, or the end."""
+    given = experiment.spec.compare.at
+    return experiment.spec.time.end if given is None else given
+
+
 def _compared_values(experiment: "Experiment", solver: AbstractSolver, u: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """u (1D) or the vorticity over the window of the statistics, `(sample, time, value)`; of large fields in every m-th cell."""
+    """u (1D), the vorticity, or ln ρ/⟨ρ⟩ of a gas over the window of the statistics, `(sample, time, value)`.
+
+    Of large fields in every m-th cell.
+    """
     grid, variables = solver.grid, solver.variables
     frames = u[:, times >= experiment.statistics_from * (1 - 1e-9)]
-    count = frames.shape[0] * frames.shape[1] * grid.cells * (3 if grid.ndim == 3 else 1)
+    of_gas = diagnostics.is_gas(variables)
+    count = frames.shape[0] * frames.shape[1] * grid.cells * (3 if grid.ndim == 3 and not of_gas else 1)
     every = -(-count // MOST_VALUES)
 
     def thinned(piece: np.ndarray) -> np.ndarray:
-        w = diagnostics.compared_field(piece, grid, variables, solver)
+        w = gas.log_density(piece, grid) if of_gas else diagnostics.compared_field(piece, grid, variables, solver)
         return w.reshape(len(w), -1)[:, ::every]
 
     return diagnostics.in_pieces(thinned, grid, frames)
@@ -433,6 +447,7 @@ def _pdf(values: np.ndarray, solver: AbstractSolver, like: "xr.DataArray | None"
         low, high = low - wider, high + wider
     found = statistics.pdf(values, PDF_BINS, (low, high))
     name = "u" if solver.grid.ndim == 1 else "vorticity"
+    name = "ln ρ/⟨ρ⟩" if diagnostics.is_gas(solver.variables) else name
     found["value"].attrs["long_name"] = name
     outside = float(found["outside"])
     return found.drop_vars(["lower", "upper", "outside"]).assign_attrs(long_name=f"probability density of {name}", outside=outside)
@@ -448,7 +463,21 @@ def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-STATISTICS = ("mean_square", "mean_square_slope", "mean_square_curvature", "energy", "enstrophy", "energy_rate", "scalar_variance")
+STATISTICS = (
+    "mean_square",
+    "mean_square_slope",
+    "mean_square_curvature",
+    "energy",
+    "mach",
+    "density_rms",
+    "kinetic_energy",
+    "internal_energy",
+    "dilatation",
+    "enstrophy",
+    "energy_rate",
+    "emission",
+    "scalar_variance",
+)
 
 
 def _statistics(experiment: "Experiment", ds: "xr.Dataset", truth: "xr.Dataset") -> dict[str, dict[str, float | None]]:
@@ -470,7 +499,8 @@ def _statistics(experiment: "Experiment", ds: "xr.Dataset", truth: "xr.Dataset")
 
     found = {}
     for name in STATISTICS:
-        if name not in ds:
+        # `energy` is a channel of a gas
+        if name not in ds or not set(ds[name].dims) <= {"sample", "time", "scalar"}:
             continue
         for part in ds["scalar"].values.tolist() if "scalar" in ds[name].dims else [None]:
             one, two = (d[name] if part is None else d[name].sel(scalar=part) for d in (ds, truth))
@@ -499,16 +529,95 @@ def _not_defined(ds: "xr.Dataset") -> dict[str, str]:
         "drift": ("drift", "the boundaries exchange what could be conserved"),
         "divergence_max": ("divergence_max", "the flow need not be free of divergence"),
     }
+    if "error" in ds:
+        reasons["temperature_error"] = ("mass_per_temperature", "nothing radiates")
+        reasons["spectrum_error"] = ("spectrum", "there are no spectra without a periodic axis")
     return {key: reason for key, (name, reason) in reasons.items() if name not in ds}
 
 
 def _spectrum_error(solver: AbstractSolver, ds: "xr.Dataset", truth: "xr.Dataset") -> float | None:
     if "spectrum" not in ds:
         return None
-    numbers = np.rint(ds["wavenumber"].values * max(solver.grid.lengths) / (2 * np.pi)).astype(int)
+    # those of a gas between sides run along its periodic axes
+    grid = gas.spectral_grid(solver.grid) or solver.grid
+    numbers = np.rint(ds["wavenumber"].values * max(grid.lengths) / (2 * np.pi)).astype(int)
     # Spectra are averaged over samples as over time before they are compared; a diverged sample makes the mean NaN.
     mean_spectrum, mean_truth = (d["spectrum"].values.mean(axis=0) for d in (ds, truth))
-    return _finite(diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, solver.grid.shape, solver.grid.lengths))
+    return _finite(diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, grid.shape, grid.lengths))
+
+
+def _at_time(values: "xr.DataArray", t: float) -> np.ndarray:
+    """Values over `time` at t, linear between frames: the other dimensions remain."""
+    times = values["time"].values
+    values = values.transpose(..., "time")
+    i = int(np.clip(np.searchsorted(times, t * (1 - 1e-9)), 1, times.size - 1))
+    part = np.clip((t - times[i - 1]) / (times[i] - times[i - 1]), 0.0, 1.0)
+    if part > 1 - 1e-6:
+        return np.asarray(values[..., i])
+    return np.asarray((1 - part) * values[..., i - 1] + part * values[..., i])
+
+
+def _errors_at(values: "xr.DataArray", t: float) -> dict[str, np.ndarray]:
+    """Field: relative error of every sample at t."""
+    at = _at_time(values.transpose("field", "sample", "time"), t)
+    return {str(name): row for name, row in zip(values["field"].values, at, strict=True)}
+
+
+def _mean_and_interval(
+    values: np.ndarray, *, confidence: float = 0.9, resamples: int = 1000
+) -> tuple[float | None, list[float | None]]:
+    """The mean over samples and its bootstrap interval; one sample has no spread, its interval is the value itself."""
+    draws = np.random.default_rng(0).integers(values.size, size=(resamples, values.size))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return _finite(values.mean()), [_finite(low), _finite(high)]
+
+
+def _gas_summary(experiment: "Experiment", ds: "xr.Dataset", truth: "xr.Dataset") -> dict[str, Any]:
+    """What the summary says of a gas beside what it says of every flow.
+
+    `error` is the mean over samples of the larger of the errors of ρ and √ρ v at the stated time. What floors stood for is relative
+    to what the box held at the start, and the largest over samples; events are counted over all of them.
+    """
+    t = stated_time(experiment)
+    errors = _errors_at(ds["error"], t)
+    error, interval = _mean_and_interval(gas.error_of(errors))
+    found: dict[str, Any] = {"accuracy": {"metric": "error", "value": error, "at": t}, "error": error}
+    found |= {"error_interval": interval, "error_at": t}
+    found |= {f"{name}_error": _finite(values.mean()) for name, values in errors.items()}
+    found["temperature_error"] = None
+    if "mass_per_temperature" in ds:
+        mass, known = (d["mass_per_temperature"].mean("sample", skipna=False).values for d in (ds, truth))
+        found["temperature_error"] = _finite(gas.phase_distance(mass, known))
+        window = [float(x) for x in ds["mass_per_temperature"].attrs["window"]]
+        found["accuracy"] = {"metric": "temperature_error", "value": found["temperature_error"], "window": window}
+
+    def count(name: str) -> int | None:
+        return int(ds[name].max("time").sum()) if name in ds else None
+
+    def share(name: str, whole: "xr.DataArray") -> float | None:
+        return _finite_max((ds[name].max("time") / whole).values) if name in ds else None
+
+    density, energy = (ds[name].isel(time=0) for name in ("density", "total_energy"))
+    mass = density.astype(np.float64).mean([d for d in density.dims if d != "sample"])
+    found["floors"] = {
+        "events": count("floor_events"),
+        "mass": share("floor_mass", mass),
+        "energy": share("floor_energy", energy),
+    }
+    found |= {name: count(name) for name in ("limited_faces", "bound_violations")}
+    total, added = ds["total_energy"], ds["energy_added"]
+    radiated = ds["radiated"] if "radiated" in ds else 0 * added
+    residual = _finite_max(np.abs((total - total.isel(time=0) - added).values))
+    ends = {
+        "start": total.isel(time=0),
+        "end": total.isel(time=-1),
+        "radiated": radiated.isel(time=-1),
+        "added": (added + radiated).isel(time=-1),
+    }
+    lost = not np.isfinite(total.values).all()
+    budget = {name: None if lost and name != "start" else _finite(float(values.mean())) for name, values in ends.items()}
+    found["energy_budget"] = budget | {"residual": residual}
+    return found
 
 
 def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth: "xr.Dataset") -> dict[str, Any]:
@@ -521,6 +630,7 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
     simulated = len(result.u) * end
     means = _statistics(experiment, ds, truth)
     drifts = {str(name): ds["drift"].sel(variable=name).values for name in ds["variable"].values} if "drift" in ds else {}
+    of_gas = _gas_summary(experiment, ds, truth) if "error" in ds else {}
     return {
         "outcome": result.outcome,
         "accuracy": {"metric": "t95", "value": t95.time if t95.time is not None else t95.at_least},
@@ -544,10 +654,19 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "steps": round(result.steps_taken),
         "dt": result.smallest_dt,
         "group": group_name(experiment, result.label),
+        **of_gas,
     }
 
 
 LARGER_IS_BETTER = ("t95", "t80")
+
+
+def _flat_limits(limits: dict[str, Any]) -> dict[str, float]:
+    """`{floors: {events: 0}}` -> `{floors.events: 0}`."""
+    flat: dict[str, float] = {}
+    for name, limit in limits.items():
+        flat |= {f"{name}.{part}": value for part, value in limit.items()} if isinstance(limit, dict) else {name: limit}
+    return flat
 
 
 def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -561,16 +680,17 @@ def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -
             summary = runs[label]
             if owner == "all" and summary["outcome"] != "finished" and experiment.spec.runs[label].may_diverge:
                 continue
-            for name, limit in limits.model_dump(exclude_none=True).items():
-                value = summary[name]
+            for name, limit in _flat_limits(limits.model_dump(exclude_none=True)).items():
+                whole, _, part = name.partition(".")
+                value = summary.get(whole)
                 if name in LARGER_IS_BETTER and value is None:
                     value = summary[f"{name}_at_least"]
                 if isinstance(value, dict):
-                    parts = [v for v in value.values() if v is not None]
+                    parts = [v for key, v in value.items() if v is not None and part in ("", key)]
                     value = max(parts) if parts else None
                 reached = value is not None and (value >= limit if name in LARGER_IS_BETTER else value <= limit)
                 relation = "at least" if name in LARGER_IS_BETTER else "at most"
-                reason = summary.get("not_defined", {}).get(name)
+                reason = summary.get("not_defined", {}).get(whole, None if whole in summary else "this flow has none")
                 shown = "not finite" if value is None else f"{value:.3g}"
                 sentence = f"{label}: {name} = {shown} {'is' if reached else 'is not'} {relation} {limit:g}"
                 if reason:
@@ -629,36 +749,63 @@ def _reference_groups(
 
     groups: dict[str, xr.Dataset] = {}
     for name, solver in results_grid.items():
-        grid, variables = solver.grid, solver.variables
-        ds = diagnostics.field_dataset(reference.groups[name], reference.times, grid, variables, {"filter": name})
-        ds = diagnostics.with_diagnostics(ds, grid, variables, solver=solver, statistics_from=experiment.statistics_from)
-        groups[name] = ds.assign(
-            {"pdf": _pdf(_compared_values(experiment, solver, reference.groups[name], reference.times), solver)}
-        )
+        grid, variables, frames = solver.grid, solver.variables, reference.groups[name]
+        ds = diagnostics.field_dataset(frames, reference.times, grid, variables, {"filter": name})
+        medium, start = gas.gas_of(solver), experiment.statistics_from
+        if medium is None:
+            ds = diagnostics.with_diagnostics(ds, grid, variables, solver=solver, statistics_from=start)
+        else:
+            # sides, forces and radiation change its sums, and nothing has kept count of what they did
+            ds = gas.with_diagnostics(ds, frames, grid, variables, medium, conserved=(), statistics_from=start)
+        groups[name] = ds.assign({"pdf": _pdf(_compared_values(experiment, solver, frames, reference.times), solver)})
     fine = experiment.reference_solver()
     if len(reference.pictures):
         ds = diagnostics.field_dataset(
             reference.pictures[None], reference.picture_times, fine.grid, fine.variables, {"filter": "none"}
         )
-        groups["fine"] = diagnostics.with_vorticity(ds, fine.grid, fine.variables, fine)
+        medium = gas.gas_of(fine)
+        groups["fine"] = (
+            diagnostics.with_vorticity(ds, fine.grid, fine.variables, fine)
+            if medium is None
+            else ds.assign_attrs(gamma=medium.gamma)
+        )
     if HALF in reference.groups:
-        first, solver = next(iter(results_grid.items()))
-        rho = diagnostics.correlation(
-            reference.groups[HALF], reference.groups[first], solver.grid, solver.variables, experiment.modes, solver
-        )
-        until, at_least = diagnostics.crossing_time(reference.times, rho.mean(axis=0), 0.99)
-        half_shape = [n // 2 for n in fine.grid.shape]
-        groups["convergence"] = xr.Dataset(
-            {"correlation": (("sample", "time"), rho, {"units": "1", "long_name": "correlation of the half-resolution run"})},
-            coords={"time": ("time", reference.times)},
-            attrs={
-                "converged_until": float(until if until is not None else at_least),  # pyright: ignore[reportArgumentType]
-                "shape": list(fine.grid.shape),
-                "half_shape": half_shape,
-                "dt": reference.dt,
-            },
-        )
+        groups["convergence"] = _convergence(experiment, reference, *next(iter(results_grid.items())), fine.grid.shape)
     return groups
+
+
+def _convergence(
+    experiment: "Experiment", reference: Frames, group: str, solver: AbstractSolver, shape: tuple[int, ...]
+) -> "xr.Dataset":
+    """How far the half-resolution run stays with the reference, under the filter of one group.
+
+    It has converged until the mean correlation falls below 0.99; a gas until its error reaches `gas.TOLERANCE`.
+    """
+    import xarray as xr
+
+    half, whole, series = reference.groups[HALF], reference.groups[group], ("sample", "time")
+    medium, grid = gas.gas_of(solver), solver.grid
+    added: dict[str, Any] = {}
+    if medium is None:
+        rho = diagnostics.correlation(half, whole, grid, solver.variables, experiment.modes, solver)
+        until, at_least = diagnostics.crossing_time(reference.times, rho.mean(axis=0), 0.99)
+    else:
+        errors, rho = gas.compare(half, whole, grid, medium.gamma, experiment.modes)
+        about = {"long_name": "relative L2 error of the half-resolution run", "units": "1", "at": stated_time(experiment)}
+        added["error"] = (("field", *series), np.stack([errors[name] for name in gas.FIELDS]), about)
+        agreement = 1 - gas.error_of(errors).mean(axis=0)
+        until, at_least = diagnostics.crossing_time(reference.times, agreement, 1 - gas.TOLERANCE)
+    added["correlation"] = (series, rho, {"units": "1", "long_name": "correlation of the half-resolution run"})
+    return xr.Dataset(
+        added,
+        coords={"time": ("time", reference.times)} | ({} if medium is None else {"field": ("field", list(gas.FIELDS))}),
+        attrs={
+            "converged_until": float(until if until is not None else at_least),  # pyright: ignore[reportArgumentType]
+            "shape": list(shape),
+            "half_shape": [n // 2 for n in shape],
+            "dt": reference.dt,
+        },
+    )
 
 
 def run_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
@@ -729,9 +876,18 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
     converged = groups["convergence"].attrs["converged_until"] if "convergence" in groups else None
     shape = " × ".join(map(str, experiment.spec.reference.shape))
     origin = "from the cache" if reference.cached else f"made in {reference.seconds:.0f} s"
+    change = None
+    if converged is not None and "error" in groups["convergence"]:
+        found = _errors_at(groups["convergence"]["error"], stated_time(experiment))
+        change = {name: _finite(values.mean()) for name, values in found.items()}
+    measure = "ρ ≥ .99" if change is None else f"error ≤ {100 * gas.TOLERANCE:g} %"
     say.line(
         f"reference {shape} {experiment.spec.reference.precision}, {origin}"
-        + (f"; half the resolution agrees (ρ ≥ .99) {_until(converged, experiment.spec.time.end)}" if converged is not None else "")
+        + (
+            f"; half the resolution agrees ({measure}) {_until(converged, experiment.spec.time.end)}"
+            if converged is not None
+            else ""
+        )
     )
 
     summaries: dict[str, dict[str, Any]] = {}
@@ -775,6 +931,7 @@ def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Repor
             "seconds": reference.seconds,
             "seconds_per_unit_time": _reference_cost(experiment, reference.dt),
             "cached": reference.cached,
+            **({} if change is None else {"change": change, "change_at": stated_time(experiment)}),
         },
         "runs": summaries,
         "checks": rows,
@@ -806,8 +963,8 @@ def _until(t: float, end: float) -> str:
 
 def _sentence(label: str, summary: dict[str, Any]) -> str:
     parts = [f"t95 {summary['t95']:.2f}" if summary["t95"] is not None else f"t95 > {summary['t95_at_least']:.2f}"]
-    for key in ("spectrum_error", "statistics_error"):
-        if key not in summary["not_defined"]:
+    for key in ("error", "temperature_error", "spectrum_error", "statistics_error"):
+        if key in summary and key not in summary["not_defined"]:
             parts.append(f"{key.replace('_', ' ')} " + ("–" if summary[key] is None else f"{summary[key]:.3f}"))
     parts.append(f"{1000 * summary['seconds_per_unit_time']:.3g} ms per unit time")
     return f"{label}: {', '.join(parts)}, {summary['outcome']}"

@@ -2,7 +2,8 @@
 
 `write_report` reads what a run has written (`config.yaml`, `summary.json`, `<label>.nc`, `reference.nc`, `training.json`)
 and computes nothing new beyond means over samples and the pictures of vorticity. A file or variable that is missing leaves
-its figure out: a line (1D) has space–time pictures in place of vorticity, a box with walls has no spectra.
+its figure out: a line (1D) has space–time pictures in place of vorticity, a box with walls has no spectra. A gas has density and
+temperature in place of vorticity, its error, its phases and its energy budget.
 """
 
 import base64
@@ -20,7 +21,7 @@ import numpy as np
 import xarray as xr
 import yaml
 
-from hybridsim import diagnostics, storage
+from hybridsim import diagnostics, gas, storage
 from hybridsim.contract import Variable
 from hybridsim.grid import Grid
 
@@ -129,6 +130,16 @@ class Folder:
         return self.box is not None and not all(self.box.periodic)
 
     @property
+    def gas(self) -> bool:
+        """Whether the frames are those of a gas."""
+        data = next((r.data for r in self.runs if r.data is not None), None)
+        return data is not None and _is_gas(data)
+
+    @property
+    def radiates(self) -> bool:
+        return any(r.data is not None and "mass_per_temperature" in r.data for r in self.runs)
+
+    @property
     def scalars(self) -> tuple[str, ...]:
         """Names of the passive scalars."""
         data = next((r.data for r in self.runs if r.data is not None and "scalar" in r.data.coords), None)
@@ -195,9 +206,18 @@ def _read_training(path: Path) -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
+def _is_gas(data: xr.Dataset) -> bool:
+    return all(name in data.data_vars for name in ("density", "momentum_x", "energy"))
+
+
+def _has_frames(data: xr.Dataset) -> bool:
+    return "u" in data.data_vars or _is_gas(data)
+
+
 def _layout(data: xr.Dataset) -> tuple[Grid, tuple[Variable, ...]]:
-    """Grid and velocity channels of a labelled dataset, from its dimensions and coordinates."""
-    names = [name for name in diagnostics.VELOCITIES if name in data.data_vars]
+    """Grid and channels of a labelled dataset (its velocities, or those of a gas), from its dimensions and coordinates."""
+    known = ("density", *diagnostics.MOMENTA, "energy") if _is_gas(data) else diagnostics.VELOCITIES
+    names = [name for name in known if name in data.data_vars]
     variables, shape, lengths, boundaries = [], (), (), ()
     for name in names:
         dims = [d for d in data[name].dims if d not in ("sample", "time")]
@@ -207,6 +227,14 @@ def _layout(data: xr.Dataset) -> tuple[Grid, tuple[Variable, ...]]:
         lengths = tuple(float(data[d][1] - data[d][0]) * data.sizes[d] for d in dims)
         variables.append(Variable(name, data[name].attrs.get("units", "1"), at))
     return Grid(shape, lengths, boundaries), tuple(variables)
+
+
+def _plane(grid: Grid) -> tuple[int, ...]:
+    """The axes of the plane that pictures show: in 3D across the last periodic axis, so that it cuts through every side."""
+    if grid.ndim < 3:
+        return tuple(range(grid.ndim))
+    across = max((a for a in range(grid.ndim) if grid.periodic[a]), default=grid.ndim - 1)
+    return tuple(a for a in range(grid.ndim) if a != across)
 
 
 def _place_name(folder: Folder, group: str) -> str:
@@ -314,6 +342,8 @@ def verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None = None)
         if not outcome.startswith("finished"):
             parts.append(f"{label} {outcome}.")
     settings = (config or {}).get("runs") or {}
+    if any("error" in numbers for numbers in runs.values()):
+        return " ".join([*parts, *_gas_verdict(summary, config)]) or "Finished; nothing was compared or checked."
     for place, bare in _bare_labels(summary, config).items():
         here = [r for r in runs if r not in bare and (not config or _solver(settings.get(r) or {}) == place)]
         scored = {r: t for r in here if (t := _t(runs[r])) is not None}
@@ -337,13 +367,68 @@ def verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None = None)
                 text += f", {least}{ratio:.2g} times as long as {rival} ({base[rival]:.2f})"
                 text += ": no gain" if ratio <= 1 and not least else ""
         parts.append(text + ".")
-    errors = {r: n["statistics_error"] for r, n in runs.items() if n.get("statistics_error") is not None}
-    if errors and _judges_statistics(summary, config):
-        ranked = sorted(errors, key=lambda r: errors[r])
-        shown = ranked if len(ranked) <= 3 else [ranked[0], ranked[-1]]
-        named = ", ".join(f"{r} {_number(100 * errors[r], 2 if errors[r] < 1 else 3)} %" for r in shown)
-        parts.append(f"Largest error of {_statistics_words(config)}: {named}{'' if shown == ranked else ' (best and worst)'}.")
-    return " ".join(parts) or "Finished; nothing was compared or checked."
+    return " ".join([*parts, *_statistics_verdict(summary, config)]) or "Finished; nothing was compared or checked."
+
+
+def _statistics_verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None) -> list[str]:
+    """How far the long-run means are off."""
+    errors = {r: n["statistics_error"] for r, n in summary.get("runs", {}).items() if n.get("statistics_error") is not None}
+    if not errors or not _judges_statistics(summary, config):
+        return []
+    ranked = sorted(errors, key=lambda r: errors[r])
+    shown = ranked if len(ranked) <= 3 else [ranked[0], ranked[-1]]
+    named = ", ".join(f"{r} {_percent(errors[r])}" for r in shown)
+    return [f"Largest error of {_statistics_words(config, summary)}: {named}{'' if shown == ranked else ' (best and worst)'}."]
+
+
+def _gas_verdict(summary: Mapping[str, Any], config: Mapping[str, Any] | None) -> list[str]:
+    """What each grid's best closure gained over its bare run in the error at the stated time and, with cooling, in the phases."""
+    runs = summary.get("runs", {})
+    settings = (config or {}).get("runs") or {}
+    at = _stated_time(summary, config)
+    when = f" at t = {_number(at)}" if at is not None else ""
+    measures = [("error", f"the error of ρ and √ρ v{when}")]
+    if any(n.get("temperature_error") is not None for n in runs.values()):
+        measures.insert(0, ("temperature_error", "the error of the mass per temperature"))
+    parts = []
+    for place, bare in _bare_labels(summary, config).items():
+        where = f"On {place}, " if place else ""
+        for key, words in measures:
+            known = {r: n[key] for r, n in runs.items() if n.get(key) is not None}
+            base = {r: e for r, e in known.items() if r in bare}
+            scored = {r: e for r, e in known.items() if r not in bare and (not config or _solver(settings.get(r) or {}) == place)}
+            if not scored and not base:
+                continue
+            best = min(scored or base, key=lambda r: known[r])
+            text = f"{where}{words} is {_percent(known[best])} with {best}"
+            if scored and base:
+                rival = min(base, key=lambda r: base[r])
+                text += f", {_percent(base[rival])} with {rival}"
+                if known[best] >= base[rival]:
+                    text += ": no gain"
+                elif known[best] > 0:
+                    text += f", {base[rival] / known[best]:.2g} times as much"
+            parts.append(f"{text[0].upper()}{text[1:]}.")
+    changes = (summary.get("reference") or {}).get("change") or {}
+    change = max((c for name in gas.JUDGED if (c := changes.get(name)) is not None), default=0.0)
+    if change > gas.TOLERANCE:
+        parts.append(f"The reference itself is not converged then: half its resolution changes it by {_percent(change)}.")
+    stood = {r: n["floors"]["events"] for r, n in runs.items() if (n.get("floors") or {}).get("events")}
+    if stood:
+        named = ", ".join(f"{r} {_number(count)} times" for r, count in stood.items())
+        parts.append(f"Floors stood in for a density or pressure: {named}.")
+    return [*parts, *_statistics_verdict(summary, config)]
+
+
+def _stated_time(summary: Mapping[str, Any], config: Mapping[str, Any] | None) -> float | None:
+    """When the error of a gas is quoted."""
+    stated = (n["error_at"] for n in summary.get("runs", {}).values() if n.get("error_at") is not None)
+    compare, time = ((config or {}).get(key) or {} for key in ("compare", "time"))
+    return next(stated, compare.get("at", time.get("end")))
+
+
+def _percent(share: float) -> str:
+    return f"{_number(100 * share, 2 if share < 1 else 3)} %"
 
 
 def _judges_statistics(summary: Mapping[str, Any], config: Mapping[str, Any] | None) -> bool:
@@ -355,11 +440,16 @@ def _judges_statistics(summary: Mapping[str, Any], config: Mapping[str, Any] | N
     plain = not (isinstance(equation, Mapping) and equation.get("scalars"))
     usual = len(domain.get("lengths") or (0, 0)) == 2 and all(s == "periodic" for s in sides) and plain
     known = any(n.get("statistics_error") is not None for n in summary.get("runs", {}).values())
-    return known and (asked or not usual)
+    of_gas = any("error" in n for n in summary.get("runs", {}).values())
+    return known and (asked or of_gas or not usual)
 
 
-def _statistics_words(config: Mapping[str, Any] | None) -> str:
+def _statistics_words(config: Mapping[str, Any] | None, summary: Mapping[str, Any]) -> str:
     """What the statistics are means of."""
+    means = [set(n.get("statistics") or ()) for n in summary.get("runs", {}).values()]
+    if any("mach" in names for names in means):
+        emission = ", emission" if any("emission" in names for names in means) else ""
+        return f"mean Mach number, density fluctuation, energies, enstrophy{emission} and dilatation"
     if len(((config or {}).get("domain") or {}).get("lengths") or (0, 0)) == 1:
         return "the mean squares of u, uₓ and uₓₓ"
     equation = (config or {}).get("equation")
@@ -439,38 +529,82 @@ def _shade_unconverged(axes: "Axes", folder: Folder) -> None:
 
 
 def _shots(data: xr.Dataset, times: np.ndarray, name: str) -> list[np.ndarray] | None:
-    """The vorticity (in 3D along z), or a scalar, of sample 0 at some times, each on a plane: in 3D the middle one across z."""
+    """The vorticity (in 3D along z), a scalar, or density or temperature of a gas, of sample 0 at some times: on `_plane`."""
     grid, variables = _layout(data)
     shots = data.isel(sample=0) if "sample" in data.dims else data
+    plane = _plane(grid)
+    middle = {diagnostics.AXES[a]: grid.shape[a] // 2 for a in range(grid.ndim) if a not in plane}
     walls = not all(grid.periodic)
+    if _is_gas(data):
+        near = shots[[v.name for v in variables]].sel(time=times, method="nearest").isel(middle)
+        near = near.transpose("time", *(diagnostics.AXES[a] for a in plane))
+        return list(np.asarray(near["density"] if name == "density" else _temperature(near, float(data.attrs["gamma"]))))
     if name != "vorticity" or walls:
         if name not in data:
             return None
-        found = np.asarray(shots[name].sel(time=times, method="nearest").transpose("time", *diagnostics.AXES[: grid.ndim]))
-    else:
-        near = shots[[v.name for v in variables]].sel(time=times, method="nearest")
-        frames = np.stack([np.asarray(near[v.name].transpose("time", *diagnostics.dimensions(v.at))) for v in variables], axis=1)
-        found = diagnostics.in_pieces(lambda u: diagnostics.vorticity(u, grid, variables), grid, frames)
-        found = found[:, 2] if grid.ndim == 3 else found
-    return list(found[..., grid.shape[2] // 2] if grid.ndim == 3 else found)
+        found = shots[name].sel(time=times, method="nearest").isel(middle)
+        return list(np.asarray(found.transpose("time", *(diagnostics.AXES[a] for a in plane))))
+    near = shots[[v.name for v in variables]].sel(time=times, method="nearest")
+    frames = np.stack([np.asarray(near[v.name].transpose("time", *diagnostics.dimensions(v.at))) for v in variables], axis=1)
+    found = diagnostics.in_pieces(lambda u: diagnostics.vorticity(u, grid, variables), grid, frames)
+    return list(found[:, 2, ..., grid.shape[2] // 2] if grid.ndim == 3 else found)
+
+
+def _temperature(data: xr.Dataset, gamma: float) -> xr.DataArray:
+    """T = p/ρ of the channels of a gas."""
+    rho = data["density"].astype(np.float64)
+    momentum = sum(data[name].astype(np.float64) ** 2 for name in diagnostics.MOMENTA if name in data)
+    return (gamma - 1) * (data["energy"] - 0.5 * momentum / rho) / rho
 
 
 def vorticity_figure(folder: Folder) -> "Figure | None":
     """ω(x, y) of sample 0: a row per field, a column per time, one colour scale; in 3D ω_z on the middle plane across z."""
+    if folder.gas:
+        return None
     return _picture_figure(folder, "vorticity", "vorticity ω$_z$" if folder.ndim == 3 else "vorticity ω", " [1 / time]")
 
 
 def scalar_figure(folder: Folder) -> "Figure | None":
     """c(x, y) of sample 0, the first of the passive scalars: a row per field, a column per time, one colour scale."""
-    return _picture_figure(folder, folder.scalars[0], f"scalar {_plain(folder.scalars[0])}", "") if folder.scalars else None
+    if not folder.scalars or folder.gas:
+        return None
+    return _picture_figure(folder, folder.scalars[0], f"scalar {_plain(folder.scalars[0])}", "")
+
+
+def density_figure(folder: Folder) -> "Figure | None":
+    """ρ(x, y) of sample 0 on the plane of `_plane`: a row per field, a column per time, one colour scale."""
+    return _picture_figure(folder, "density", "density ρ", "") if folder.gas else None
+
+
+def temperature_figure(folder: Folder) -> "Figure | None":
+    """T(x, y) of sample 0 on the plane of `_plane`: a row per field, a column per time, one colour scale."""
+    return _picture_figure(folder, "temperature", "temperature p/ρ", "") if folder.gas else None
+
+
+CONTRAST = 8.0
+"""Fields whose values differ by more than this factor are shown on a logarithmic scale."""
+
+
+def _sequential_scale(values: np.ndarray, name: str) -> dict[str, Any] | None:
+    """Colours from the lowest to the highest of almost all values; None where they are all alike."""
+    from matplotlib.colors import LogNorm
+
+    low, high = (float(q) for q in np.quantile(values, (0.002, 0.998)))
+    if not high - low > 1e-6 * max(abs(low), abs(high)):
+        return None
+    colours = "inferno" if name == "temperature" else "viridis"
+    if name in ("density", "temperature") and low > 0 and high > CONTRAST * low:
+        return {"cmap": colours, "norm": LogNorm(low, high)}
+    return {"cmap": colours, "vmin": low, "vmax": high}
 
 
 def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure | None":
     """A field of sample 0: a row per run and reference, a column per time."""
-    runs = [r for r in folder.runs if r.data is not None and "u" in r.data]
+    runs = [r for r in folder.runs if r.data is not None and _has_frames(r.data)]
     if not runs or folder.ndim < 2:
         return None
-    lengths = _layout(runs[0].data)[0].lengths  # pyright: ignore[reportArgumentType]
+    box = _layout(runs[0].data)[0]  # pyright: ignore[reportArgumentType]
+    lengths = [box.lengths[a] for a in _plane(box)]
     aspect = min(4.0, max(0.1, lengths[1] / lengths[0]))
     # flat boxes have few and wide pictures
     columns = 5 if aspect > 0.4 else 3 if aspect > 0.2 else 2
@@ -488,13 +622,15 @@ def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure
         add("reference", " × ".join(str(n) for n in _layout(fine)[0].shape), REFERENCE_COLOUR, fine)
     whole = bool(rows)
     for group in folder.groups or ("",):
-        if group in folder.references and "u" in folder.references[group]:
+        if group in folder.references and _has_frames(folder.references[group]):
             add("reference, filtered", _place_name(folder, group), REFERENCE_COLOUR, folder.references[group])
         for run in runs:
             if run.data is not None and (run.group == group or not folder.groups):
                 rho = None
                 if "correlation" in run.data and name == "vorticity":
                     rho = np.asarray(run.data["correlation"].isel(sample=0).sel(time=times, method="nearest"))
+                if "error" in run.data and name == "density":
+                    rho = np.asarray(run.data["error"].sel(field=name).isel(sample=0).sel(time=times, method="nearest"))
                 add(run.label, _solver(run.config), run.colour, run.data, rho)
     if not rows:
         return None
@@ -505,10 +641,9 @@ def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure
         limit = float(np.quantile(np.abs(values), 0.97 if folder.walls else 0.995)) or 1.0
         scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     else:
-        low, high = (float(q) for q in np.quantile(values, (0.002, 0.998)))
-        if not high > low:
+        scale = _sequential_scale(values, name)
+        if scale is None:
             return None
-        scale = {"cmap": "viridis", "vmin": low, "vmax": high}
 
     room = 5 * (1.5 if len(rows) < 6 else 1.28)
     side = room / columns if aspect <= 1.35 else room / columns * 1.35 / aspect
@@ -540,6 +675,8 @@ def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure
             if rho is not None:
                 box = {"boxstyle": "round,pad=0.22", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
                 text = f"ρ {rho[j] + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
+                # single precision is no error
+                text = _percent(float(rho[j]) if rho[j] > 1e-6 else 0.0) if name == "density" else text
                 axes.text(0.06 / side, 0.075 / (side * aspect), text, transform=axes.transAxes, fontsize=7.5, bbox=box)
     if image is not None:
         bar_height = min(height - top - bottom, 3.2)
@@ -549,38 +686,45 @@ def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure
         bar = figure.colorbar(image, cax=axes, extend="both")
         bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         plain = name != "vorticity" or _unit(runs[0].data["u"]) == ""  # pyright: ignore[reportOptionalSubscript]
+        if scale.get("norm") is not None:
+            bar.ax.yaxis.set_major_formatter(lambda x, _: _number(x))
+            bar.ax.yaxis.set_minor_formatter(lambda x, _: "")
         bar.set_label(label + ("" if plain else unit))
         axes.grid(visible=False)
     return figure
 
 
 def spacetime_figure(folder: Folder) -> "Figure | None":
-    """u(x, t) of sample 0: time to the right, x upwards; each run under its filtered reference, one colour scale."""
-    runs = [r for r in folder.runs if r.data is not None and "u" in r.data]
+    """u(x, t), or the density of a gas, of sample 0: time to the right, x upwards; each run under its filtered reference."""
+    name = "density" if folder.gas else "u"
+    runs = [r for r in folder.runs if r.data is not None and _has_frames(r.data)]
     if not runs or folder.ndim > 1:
         return None
     end = folder.early_end
     rows: list[tuple[str, str, str, xr.DataArray, float | None]] = []
 
     def field(data: xr.Dataset) -> xr.DataArray:
-        u = data["u"].isel(sample=0) if "sample" in data["u"].dims else data["u"]
+        u = data[name].isel(sample=0) if "sample" in data[name].dims else data[name]
         space = next(str(d) for d in u.dims if d != "time")
         return u.transpose(space, "time").sel(time=slice(None, None if end is None else end * (1 + 1e-9)))
 
     for group in folder.groups or ("",):
-        if group in folder.references and "u" in folder.references[group]:
+        if group in folder.references and _has_frames(folder.references[group]):
             where = _place_name(folder, group)
             rows.append(("reference, filtered", where, REFERENCE_COLOUR, field(folder.references[group]), None))
         for run in runs:
             if run.data is not None and (run.group == group or not folder.groups):
                 lost = None
-                if "correlation" in run.data:
+                if "correlation" in run.data and not folder.gas:
                     rho = run.data["correlation"].isel(sample=0)
                     lost = diagnostics.crossing_time(np.asarray(rho["time"]), np.asarray(rho), 0.95)[0]
                 rows.append((run.label, _solver(run.config), run.colour, field(run.data), lost))
     known = [row[3] for row in rows if row[2] == REFERENCE_COLOUR] or [row[3] for row in rows]
-    pool = np.concatenate([np.abs(np.asarray(u)[np.isfinite(u)]) for u in known])
-    limit = float(np.quantile(pool, 0.998)) or 1.0
+    pool = np.concatenate([np.asarray(u)[np.isfinite(u)] for u in known])
+    limit = float(np.quantile(np.abs(pool), 0.998)) or 1.0
+    scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    if folder.gas:
+        scale = _sequential_scale(pool, name) or {"cmap": "viridis"}
 
     left, right, top, bottom, gap, wide = 1.8, 0.85, 0.08, 0.46, 0.09, 6.6
     span = end or 1.0
@@ -600,9 +744,7 @@ def spacetime_figure(folder: Folder) -> "Figure | None":
         times = np.asarray(u["time"], dtype=np.float64)
         extent = (float(times[0]), float(times[-1]), 0.0, length)
         values = np.ma.masked_invalid(np.asarray(u, dtype=np.float64))
-        image = axes.imshow(
-            values, origin="lower", extent=extent, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none"
-        )
+        image = axes.imshow(values, origin="lower", extent=extent, aspect="auto", interpolation="none", **scale)
         axes.set(facecolor="#eceef1", yticks=[0, length])
         for tick, va in zip(axes.set_yticklabels(["0", _number(length)], fontsize=7.5), ("bottom", "top"), strict=True):
             tick.set_verticalalignment(va)
@@ -633,7 +775,7 @@ def spacetime_figure(folder: Folder) -> "Figure | None":
         )
         bar = figure.colorbar(image, cax=axes, extend="both")
         bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        bar.set_label("u")
+        bar.set_label("density ρ" if folder.gas else "u")
         axes.grid(visible=False)
     return figure
 
@@ -681,7 +823,8 @@ def correlation_figure(folder: Folder) -> "Figure | None":
         )
     # where nothing is lost the axis ends below 0.80
     bottom = 0.74 if lowest > 0.8 else max(-0.25, min(0.0, lowest) - 0.03)
-    axes.set(xlabel=_time_label(folder), ylabel="correlation ρ with the reference", ylim=(bottom, 1.015))
+    label = "correlation of the density's fluctuation" if folder.gas else "correlation ρ with the reference"
+    axes.set(xlabel=_time_label(folder), ylabel=label, ylim=(bottom, 1.015))
     axes.set_xlim(0 if float(times[0]) >= 0 else float(times[0]), folder.early_end)
     handles, _ = axes.get_legend_handles_labels()
     handles.sort(key=lambda h: h.get_label() == "reference not converged")
@@ -689,8 +832,161 @@ def correlation_figure(folder: Folder) -> "Figure | None":
     return figure
 
 
+FIELDS = {"density": "density ρ", "weighted_velocity": "√ρ v", "pressure": "pressure p"}
+
+
+def error_figure(folder: Folder) -> "Figure | None":
+    """‖q − q_ref‖/‖q_ref‖ over time for ρ, √ρ v and p: a panel per field, mean and range over samples, dots at the stated time."""
+    runs = [r for r in folder.runs if r.data is not None and "error" in r.data]
+    if not runs:
+        return None
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    figure = _figure(9.2, 3.4)
+    panels = figure.subplots(1, len(FIELDS), sharex=True, sharey=True)
+    half = folder.references.get("convergence")
+    pool = []
+    for axes, (name, title) in zip(panels, FIELDS.items(), strict=True):
+        _shade_unconverged(axes, folder)
+        for run in runs:
+            data = run.data["error"].sel(field=name)  # pyright: ignore[reportOptionalSubscript]
+            times, values = np.asarray(data["time"], dtype=np.float64), np.asarray(data.transpose("sample", "time"))
+            # the start is the same for all, but for rounding
+            values = np.where(times[None] > times[0], values, np.nan)
+            mean = values.mean(axis=0)
+            axes.fill_between(times, values.min(axis=0), values.max(axis=0), color=run.colour, alpha=0.13, linewidth=0)
+            axes.semilogy(times, mean, **run.line, zorder=4)
+            _end_mark(axes, times, mean, run.colour)
+            pool.append(mean[np.isfinite(mean) & (mean > 0)])
+            at, stated = data.attrs.get("at"), run.numbers.get(f"{name}_error")
+            if at is not None and stated:
+                dot = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.9}
+                axes.plot(at, stated, "o", color=run.colour, zorder=5, clip_on=False, **dot)
+        if half is not None and "error" in half:
+            mean = _sample_mean(half["error"].sel(field=name))
+            axes.semilogy(half["time"][1:], mean[1:], ":", color=REFERENCE_COLOUR, linewidth=1.3)
+            pool.append(mean[1:][np.isfinite(mean[1:]) & (mean[1:] > 0)])
+        axes.set_title(title)
+        axes.set_xlabel(_time_label(folder))
+        axes.set_xlim(float(times[0]), folder.window_end)
+    values = np.concatenate(pool)
+    if values.size:
+        panels[0].set_ylim(max(float(values.min()), 1e-4 * float(values.max())) / 2, min(float(values.max()) * 2, 10))
+    panels[0].set_ylabel("relative L2 error")
+    handles = _handles(runs, reference=None)
+    if half is not None and "error" in half:
+        handles.append(Line2D([], [], color=REFERENCE_COLOUR, linewidth=1.3, linestyle=":", label="half-resolution reference"))
+    if folder.converged_until is not None and folder.converged_until < (folder.window_end or 0.0) * (1 - 1e-9):
+        handles.append(Patch(**SHADE, label="reference not converged"))
+    _legend(figure, handles, 9.2)
+    return figure
+
+
+def phase_figure(folder: Folder) -> "Figure | None":
+    """m(T) and ε(T), mass and emission per temperature bin, means over samples and the window: a column per filter."""
+    key, other = "mass_per_temperature", "emission_per_temperature"
+    runs = [r for r in folder.runs if r.data is not None and key in r.data]
+    groups = [g for g in folder.groups if key in folder.references[g] and any(r.group == g for r in runs)]
+    if not groups:
+        return None
+    width = 9.2 if len(groups) > 1 else 6.4
+    figure = _figure(width, 4.9)
+    panels = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row")
+    drawn, seen = [], ([], [])
+    for column, group in enumerate(groups):
+        for row, name in enumerate((key, other)):
+            axes, truth = panels[row, column], folder.references[group][name]
+            bins = np.asarray(truth["temperature"])
+            known = _sample_mean(truth, skip_broken=True)
+            seen[row].append(known[known > 0])
+            axes.step(bins, np.where(known > 0, known, np.nan), where="mid", color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+            for run in (r for r in runs if r.group == group):
+                found = _sample_mean(run.data[name], skip_broken=True)  # pyright: ignore[reportOptionalSubscript]
+                if np.isfinite(found).all():
+                    axes.step(run.data["temperature"], np.where(found > 0, found, np.nan), where="mid", **run.line)  # pyright: ignore
+                    drawn.append(run)
+                    seen[row].append(found[found > 0])
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        panels[0, column].set_title(_place_name(folder, group))
+        panels[1, column].set_xlabel("temperature p/ρ" + _unit(folder.references[group]["temperature"]))
+    for row, parts in enumerate(seen):
+        values = np.concatenate(parts)
+        if values.size:
+            panels[row, 0].set_ylim(max(float(values.min()) / 2, 1e-4 * float(values.max())), 3 * float(values.max()))
+    panels[0, 0].set_ylabel("mass per bin")
+    panels[1, 0].set_ylabel("emission per bin")
+    _legend(figure, _handles(list({r.label: r for r in drawn}.values())), width)
+    return figure
+
+
+def budget_figure(folder: Folder) -> "Figure | None":
+    """Where the energy went: changes of the kinetic and the internal energy, what was radiated and added, and what is left over."""
+    runs = [r for r in folder.runs if r.data is not None and "energy_added" in r.data]
+    if not runs:
+        return None
+    titles = {
+        "kinetic_energy": "kinetic energy (change)",
+        "internal_energy": "internal energy (change)",
+        "added": "added by forces and sides",
+        "radiated": "radiated",
+        "residual": "left over, relative",
+    }
+
+    def of(run: Run, name: str) -> np.ndarray:
+        data: Any = run.data
+        if name in ("added", "radiated"):
+            radiated = _sample_mean(data["radiated"]) if "radiated" in data else 0.0
+            return np.asarray(radiated if name == "radiated" else _sample_mean(data["energy_added"]) + radiated)
+        if name == "residual":
+            total = data["total_energy"]
+            return _sample_max(np.abs(total - total.isel(time=0) - data["energy_added"]) / total.isel(time=0))
+        values = _sample_mean(data[name])
+        return values - values[0]
+
+    shown = [name for name in titles if any(np.nanmax(np.abs(np.atleast_1d(of(r, name)))) > 0 for r in runs) or name == "residual"]
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(9.2, 2.5 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes in grid.ravel()[len(shown) :]:
+        axes.set_visible(False)
+    for i, (axes, name) in enumerate(zip(grid.ravel(), shown, strict=False)):
+        known = [folder.references[g] for g in folder.groups if name in folder.references[g]]
+        reach = 0.0
+        for data in known:
+            values = _sample_mean(data[name])
+            axes.plot(data["time"], values - values[0], color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+            reach = max(reach, float(np.nanmax(np.abs(values - values[0]))))
+        for run in runs:
+            data: Any = run.data
+            times, values = np.asarray(data["time"], dtype=np.float64), np.atleast_1d(of(run, name))
+            if name == "residual":
+                values = np.where(values > 0, values, np.where(times == times[0], np.nan, 1e-300))
+                axes.semilogy(times, values, **run.line)
+            else:
+                values = np.where(np.abs(values) < 10 * reach, values, np.nan) if reach > 0 else values
+                axes.plot(times, values, **run.line)
+            _end_mark(axes, times, values, run.colour)
+        if name == "residual":
+            drawn = np.concatenate([line.get_ydata() for line in axes.lines if len(line.get_ydata()) > 1])
+            drawn = drawn[np.isfinite(drawn) & (drawn > 1e-300)]
+            axes.set_ylim(max(float(drawn.min(initial=1e-8)), 1e-18) / 3, min(float(drawn.max(initial=1e-17)), 1e3) * 3)
+        axes.set_title(titles[name])
+        axes.set_xlim(0, folder.window_end)
+        if i >= len(shown) - columns:
+            axes.set_xlabel(_time_label(folder))
+            axes.tick_params(labelbottom=True)
+    _legend(figure, _handles(runs, reference="reference, same filter"), 9.2)
+    return figure
+
+
 def spectrum_figure(folder: Folder) -> "Figure | None":
-    """k³ E(k) over k (3D: k^5/3 E(k), 1D: E(k)), and E / E_ref below it: a column per filter."""
+    """k³ E(k) over k (3D and gas: k^5/3 E(k), 1D: E(k)), and E / E_ref below it: a column per filter.
+
+    Of a gas the spectrum of √ρ v, and below the share of its compressive part.
+    """
     runs = [r for r in folder.runs if r.data is not None and "spectrum" in r.data]
     groups = [g for g in folder.groups if "spectrum" in folder.references[g] and any(r.group == g for r in runs)]
     if not groups:
@@ -698,15 +994,18 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     from matplotlib.patches import Patch
 
     ndim = _layout(folder.references[groups[0]])[0].ndim
-    power, text = {1: (0.0, "E(k)"), 2: (3.0, "k³ E(k)"), 3: (5 / 3, "k$^{5/3}$ E(k)")}[ndim]
+    power, text = {1: (0.0, "E(k)"), 2: (3.0, "k³ E(k)"), 3: (5 / 3, "k$^{5/3}$ E(k)")}[3 if folder.gas and ndim > 1 else ndim]
+    split = [g for g in groups if "spectrum_parts" in folder.references[g]]
     width = 9.2 if len(groups) > 1 else 6.4
-    figure = _figure(width, 5.2)
-    panels = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=(2.2, 1))
+    figure = _figure(width, 6.6 if split else 5.2)
+    heights = (2.2, 1, 1) if split else (2.2, 1)
+    panels = figure.subplots(len(heights), len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=heights)
     tops, drawn, worst = [], [], 1.0
     for column, group in enumerate(groups):
         upper, lower = panels[0, column], panels[1, column]
         reference = folder.references[group]
         grid = _layout(reference)[0]
+        grid = gas.spectral_grid(grid) or grid
         k = np.asarray(reference["wavenumber"], dtype=np.float64)
         truth = _sample_mean(reference["spectrum"], skip_broken=True)
         k0 = 2 * np.pi / max(grid.lengths)
@@ -726,7 +1025,12 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
                 scored = good & (k <= 2 / 3 * nyquist)
                 worst = max([worst, *np.exp(np.abs(np.log((found / truth)[scored])))])
         lower.axhline(1, color=REFERENCE_COLOUR, linewidth=3, alpha=0.5, zorder=1)
-        for axes in (upper, lower):
+        if split:
+            share = panels[2, column]
+            share.plot(k[shown], _compressive_share(reference)[shown], color=REFERENCE_COLOUR, linewidth=3, alpha=0.5)
+            for run in (r for r in runs if r.group == group and r in drawn):
+                share.plot(k[shown], _compressive_share(run.data)[shown], **run.line)
+        for axes in panels[:, column]:
             axes.axvspan(2 / 3 * nyquist, nyquist, **SHADE)
             axes.set_xlim(k[shown][0], nyquist)
         upper.set_title(_place_name(folder, group))
@@ -734,9 +1038,11 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
         if abs(k0 - round(k0)) > 1e-3:
             decimal = [digit * 10.0**i for i in range(-4, 5) for digit in (1, 2, 5)]
             ticks = [t for t in decimal if k0 * 0.999 <= t <= nyquist * 1.001]
-        lower.set_xticks(ticks, [_number(t) for t in ticks])
-        lower.minorticks_off()
-        lower.set_xlabel("wavenumber k" + _unit(reference["wavenumber"]))
+        lowest = panels[-1, column]
+        lowest.set_xscale("log")
+        lowest.set_xticks(ticks, [_number(t) for t in ticks])
+        lowest.minorticks_off()
+        lowest.set_xlabel("wavenumber k" + _unit(reference["wavenumber"]))
     pool = np.concatenate(tops)
     pool = pool[pool > 0]
     panels[0, 0].set_ylim(pool.min() / 3, pool.max() * 3)
@@ -747,17 +1053,30 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     panels[1, 0].set_ylim(1 / reach, reach)
     panels[1, 0].set_yticks([1 / reach, 1, reach], [_number(1 / reach, 2), "1", _number(reach)])
     panels[1, 0].minorticks_off()
+    if split:
+        panels[2, 0].set_ylabel("compressive\nshare")
+        shares = np.concatenate([line.get_ydata() for axes in panels[2] for line in axes.lines])
+        panels[2, 0].set_ylim(0, min(1.0, 1.15 * float(np.nanmax(shares))))
     _legend(figure, [*_handles(drawn), Patch(**SHADE, label="not scored")], width)
     return figure
 
 
+def _compressive_share(data: Any) -> np.ndarray:
+    """E_c(k)/E(k) of the mean spectra."""
+    parts = {name: _sample_mean(data["spectrum_parts"].sel(part=name), skip_broken=True) for name in gas.PARTS}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return parts["compressive"] / (parts["compressive"] + parts["solenoidal"])
+
+
 def distribution_figure(folder: Folder) -> "Figure | None":
-    """The density of u (1D) or of the vorticity (3D) over samples and the window, beside the reference: a column per filter."""
+    """The density of u (1D), the vorticity (3D) or ln ρ/⟨ρ⟩ (gas) over samples and the window, and the reference's: a column per
+    filter.
+    """
     runs = [r for r in folder.runs if r.data is not None and "pdf" in r.data]
     groups = [g for g in folder.groups if "pdf" in folder.references[g] and any(r.group == g for r in runs)]
-    if not groups or folder.ndim == 2:
+    if not groups or (folder.ndim == 2 and not folder.gas):
         return None
-    logarithmic = folder.ndim == 3
+    logarithmic = folder.ndim == 3 or folder.gas
     width = 9.2 if len(groups) > 1 else 6.4
     figure = _figure(width, 3.3)
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
@@ -778,7 +1097,7 @@ def distribution_figure(folder: Folder) -> "Figure | None":
                 tops.append(min(float(density.max()), 2 * tops[0]))
         top = max(top, *tops)
         axes.set_title(_place_name(folder, group))
-        axes.set_xlabel("vorticity component" if logarithmic else "u")
+        axes.set_xlabel("ln ρ/⟨ρ⟩" if folder.gas else "vorticity component" if logarithmic else "u")
     span = max(ends) - min(ends)
     for axes in panels:
         axes.set_xlim(min(ends) - 0.08 * span, max(ends) + 0.08 * span)
@@ -799,6 +1118,12 @@ STATISTICS = {
     "energy": "kinetic energy",
     "enstrophy": "enstrophy",
     "energy_rate": "dE/dt",
+    "mach": "rms Mach",
+    "density_rms": "ρ rms/⟨ρ⟩",
+    "kinetic_energy": "kinetic energy",
+    "internal_energy": "internal energy",
+    "dilatation": "rms ∇·v",
+    "emission": "emission",
 }
 
 
@@ -832,7 +1157,7 @@ def statistics_figure(folder: Folder) -> "Figure | None":
         axes.axvline(0, color=REFERENCE_COLOUR, linewidth=1.2, zorder=1)
         room = 0.12 * (max(ends) - min(ends)) or 1.0
         axes.set_xlim(min(ends) - room, max(ends) + room)
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=5 if len(names) < 5 else 3)
         axes.set_ylim(len(runs) - 0.4, -0.6)
         kind, _, scalar = name.partition(":")
         axes.set_title(f"variance of {_plain(scalar)}" if scalar else STATISTICS.get(kind, kind))
@@ -842,6 +1167,10 @@ def statistics_figure(folder: Folder) -> "Figure | None":
     for tick, run in zip(panels[0].get_yticklabels(), runs, strict=True):
         tick.set_color(run.colour)
     return figure
+
+
+SUMS = {"density": "ρ", **{name: f"ρv$_{axis}$" for name, axis in zip(diagnostics.MOMENTA, "xyz", strict=True)}, "energy": "E"}
+"""What the sums of a gas are sums of."""
 
 
 def conservation_figure(folder: Folder) -> "Figure | None":
@@ -886,7 +1215,8 @@ def conservation_figure(folder: Folder) -> "Figure | None":
         low = min(limits, default=1e-15) / 1e3 if math.isinf(low) else low
         low, high = min([low, 1.0, *limits]), min(max([high, 1e-17, *limits]), 1e3)
         axes.set_ylim(max(low, 1e-18) / 4, high * 4)
-        axes.set_title(f"drift of Σ{_plain(name)}, relative" if name else "max |∇·u| Δx / max |u|")
+        of = SUMS.get(name, _plain(name)) if folder.gas else _plain(name)
+        axes.set_title(f"drift of Σ{of}, relative" if name else "max |∇·u| Δx / max |u|")
         if i >= len(panels) - columns:
             axes.set_xlabel(_time_label(folder))
             axes.tick_params(labelbottom=True)
@@ -941,11 +1271,13 @@ def _reference_cost(folder: Folder) -> float | None:
 
 
 def cost_figure(folder: Folder) -> "Figure | None":
-    """t95 over seconds per unit time: up and left is better."""
+    """t95 over seconds per unit time: up and left is better; the error of a gas instead: down and left."""
     points = []
+    measure = "temperature_error" if folder.radiates else "error"
     for run in folder.runs:
-        cost, value = run.numbers.get("seconds_per_unit_time"), _t(run.numbers)
-        if cost and value is not None:
+        cost = run.numbers.get("seconds_per_unit_time")
+        value = run.numbers.get(measure) if folder.gas else _t(run.numbers)
+        if cost and value is not None and (value > 0 or not folder.gas):
             points.append((float(cost), float(value), run))
     if not points:
         return None
@@ -960,8 +1292,14 @@ def cost_figure(folder: Folder) -> "Figure | None":
     axes.set_xscale("log")
     axes.set_xlim(min(costs) / 2.6, max(costs) * 2.6)
     axes.set_ylim(0, top * 1.22 or 1)
+    if folder.gas:
+        axes.set_yscale("log")
+        axes.set_ylim(min(p[1] for p in points) / 1.8, top * 1.8)
+        axes.yaxis.set_major_formatter(lambda y, _: _number(y))
+        axes.yaxis.set_minor_formatter(lambda y, _: _number(y) if f"{y:e}"[0] in "235" else "")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
     for x, y, run in points:
-        never = run.numbers.get("t95") is None
+        never = run.numbers.get("t95") is None and not folder.gas
         face = "white" if run.bare else run.colour
         axes.plot(
             x,
@@ -973,7 +1311,11 @@ def cost_figure(folder: Folder) -> "Figure | None":
             markeredgewidth=1.8,
             zorder=5,
         )
-    axes.set(xlabel="seconds per unit of simulated time", ylabel="t95: time with ρ ≥ 0.95")
+    label = "t95: time with ρ ≥ 0.95"
+    if folder.gas:
+        at = _number(_stated_time(folder.summary, folder.config))
+        label = "error of the mass\nper temperature" if folder.radiates else f"error of ρ and √ρ v at t = {at}"
+    axes.set(xlabel="seconds per unit of simulated time", ylabel=label)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     labels = [(x, y, _plain(r.label), r.colour) for x, y, r in points]
@@ -993,6 +1335,14 @@ def cost_figure(folder: Folder) -> "Figure | None":
 
 def _series_keys(folder: Folder) -> list[tuple[str, str]]:
     """Names of the series in the files that the page follows over time, and how it calls them."""
+    if folder.gas:
+        emission = [("emission", "emission\n⟨ρ²Λ⟩")] if folder.radiates else []
+        means = [
+            ("mach", "rms\nMach number"),
+            ("density_rms", "density\nρ rms/⟨ρ⟩"),
+            ("kinetic_energy", "kinetic energy\n½⟨ρ|v|²⟩"),
+        ]
+        return [*means, ("dilatation", "rms\n∇·v"), *emission]
     if folder.ndim == 1:
         return [("mean_square", "⟨u²⟩"), ("mean_square_slope", "⟨uₓ²⟩"), ("mean_square_curvature", "⟨uₓₓ²⟩")]
     keys = [("energy", "kinetic energy ½⟨|u|²⟩"), ("enstrophy", "enstrophy ½⟨|ω|²⟩")]
@@ -1002,8 +1352,8 @@ def _series_keys(folder: Folder) -> list[tuple[str, str]]:
 
 
 def energy_figure(folder: Folder) -> "Figure | None":
-    """½⟨|u|²⟩, ½⟨|ω|²⟩ and, in a decaying flow, −dE/dt (1D: ⟨u²⟩, ⟨uₓ²⟩, ⟨uₓₓ²⟩) over time beside the reference under the same
-    filter: a column per filter.
+    """½⟨|u|²⟩, ½⟨|ω|²⟩ and, in a decaying flow, −dE/dt (1D: ⟨u²⟩, ⟨uₓ²⟩, ⟨uₓₓ²⟩; gas: Mach number, ρ rms, …) over time beside the
+    reference under the same filter: a column per filter.
     """
     keys = _series_keys(folder)
     runs = [r for r in folder.runs if r.data is not None and keys[0][0] in r.data]
@@ -1052,6 +1402,10 @@ def energy_figure(folder: Folder) -> "Figure | None":
         )
         top = min(1.12 * float(np.nanmax(values)), ceiling)
         low = min(0.0, 1.12 * float(np.nanmin(values))) if keys[row][0] == "energy_rate" else 0.0
+        if folder.gas and float(np.nanmin(values)) > 0.7 * top:
+            # what hardly changes is seen from near
+            span = max(top / 1.12 - float(np.nanmin(values)), 0.02 * top)
+            low, top = float(np.nanmin(values)) - 0.15 * span, top / 1.12 + 0.15 * span
         panels[row, 0].set_ylim(max(low, -top), top or 1.0)
         for at, axes, times, line, colour in marks:
             if at == row:
@@ -1069,6 +1423,8 @@ def convergence_figure(folder: Folder) -> "Figure | None":
     axes = figure.subplots()
     _shade_unconverged(axes, folder)
     times = np.asarray(data["time"], dtype=np.float64)
+    if "error" in data:
+        return _change_figure(folder, figure, axes, data["error"])
     values = np.asarray(data["correlation"], dtype=np.float64).reshape(-1, times.size)
     for sample in values:
         axes.semilogy(times, np.maximum(1 - sample, 1e-16), color="#9aa0a8", linewidth=0.7)
@@ -1079,6 +1435,27 @@ def convergence_figure(folder: Folder) -> "Figure | None":
     axes.set_ylim(max(1e-16, float(positive.min()) / 3) if positive.size else 1e-16, 2)
     axes.set(xlabel=_time_label(folder), ylabel="1 − ρ,\nhalf against full resolution")
     axes.set_xlim(float(times[0]), float(times[-1]))
+    return figure
+
+
+def _change_figure(folder: Folder, figure: "Figure", axes: "Axes", error: xr.DataArray) -> "Figure":
+    """How far half the resolution moves the filtered state of a gas."""
+    times = np.asarray(error["time"], dtype=np.float64)
+    styles = {"density": ("-", 2.0), "weighted_velocity": ("--", 1.6), "pressure": (":", 1.4)}
+    drawn = []
+    for name, (dash, width) in styles.items():
+        values = np.where(times > times[0], _sample_mean(error.sel(field=name)), np.nan)
+        axes.semilogy(times, values, linestyle=dash, linewidth=width, color=REFERENCE_COLOUR, label=FIELDS[name])
+        drawn.append(values[np.isfinite(values) & (values > 0)])
+    axes.axhline(gas.TOLERANCE, **LIMIT)
+    _note(axes, f"{100 * gas.TOLERANCE:g} %", (1, gas.TOLERANCE), ("axes fraction", "data"), (4, 0), va="center", fontsize=8.0)
+    found = np.concatenate(drawn)
+    low, high = (float(found.min()), float(found.max())) if found.size else (1e-3, 1.0)
+    axes.set_ylim(max(low, 1e-4 * high) / 2, max(2 * high, 2 * gas.TOLERANCE))
+    axes.set(xlabel=_time_label(folder), ylabel="relative L2 change,\nhalf against full resolution")
+    axes.set_xlim(float(times[0]), float(times[-1]))
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside right upper", handlelength=2.6, labelspacing=0.7)
     return figure
 
 
@@ -1184,12 +1561,15 @@ def _png(figure: "Figure") -> bytes:
 
 COLUMNS = {
     "dt": ("dt",),
+    "error": ("error",),
+    "temperature_error": ("phase", "error"),
     "t95": ("t95",),
     "t80": ("t80",),
     "spectrum_error": ("spectrum", "error"),
     "statistics_error": ("statistics", "error"),
     "drift": ("drift",),
     "divergence_max": ("divergence", "[U/Δx]"),
+    "floors": ("floor", "events"),
     "seconds": ("seconds per", "unit time"),
     "speed": ("× faster than", "reference"),
 }
@@ -1201,6 +1581,9 @@ def _columns(folder: Folder) -> list[str]:
     nowhere = set.intersection(*gone) if gone else set()
     if not _judges_statistics(folder.summary, folder.config):
         nowhere.add("statistics_error")
+    nowhere |= {"t80"} if folder.gas else {"error", "temperature_error"}
+    if not any((r.numbers.get("floors") or {}).get("events") for r in folder.runs):
+        nowhere.add("floors")
     return [key for key in COLUMNS if key not in nowhere]
 
 
@@ -1232,14 +1615,20 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
             return _cell(text, value, ranges.get(key, ""))
 
         speed = cost / seconds if cost and seconds else None
-        errors = {key: n.get(key) for key in ("spectrum_error", "statistics_error")}
+        errors = {key: n.get(key) for key in ("error", "temperature_error", "spectrum_error", "statistics_error")}
+        if run.data is not None and run.data.sizes.get("sample", 1) >= 8 and None not in n.get("error_interval", [None]):
+            ranges["error"] = " – ".join(_number(x, 2) for x in n["error_interval"])
         cells = {
             "dt": _cell(_number(n.get("dt"), 4)),
             "t95": time_cell("t95"),
             "t80": time_cell("t80"),
-            **{key: _cell(_number(error, 2), None if error is None else -error) for key, error in errors.items()},
+            **{
+                key: _cell(_number(error, 2), None if error is None else -error, ranges.get(key, ""))
+                for key, error in errors.items()
+            },
             "drift": _cell(_number(max(drifts) if drifts else None, 2)),
             "divergence_max": _cell(_number(n.get("divergence_max"), 2)),
+            "floors": _cell(_number((n.get("floors") or {}).get("events"))),
             "seconds": _cell(_number(seconds), -seconds if seconds else None),
             "speed": _cell(_number(speed, 2), speed),
         }
@@ -1290,13 +1679,23 @@ def _setting(folder: Folder) -> str:
         viscosity = equation.get("viscosity")
         forcing = equation.get("forcing")
         forced = forcing.get("use") if isinstance(forcing, Mapping) else forcing
+        if folder.gas and equation.get("gamma") is not None:
+            name += f", γ {equation['gamma']}"
+        cooling = equation.get("cooling")
+        cooled = cooling.get("use") if isinstance(cooling, Mapping) else cooling
         parts.append(
-            name + (f", viscosity {viscosity}" if viscosity is not None else "") + (f", {forced} forcing" if forced else "")
+            name
+            + (f", viscosity {viscosity}" if viscosity is not None else "")
+            + (f", {forced} forcing" if forced else "")
+            + (f", {str(cooled).replace('_', ' ')} cooling" if cooled else "")
         )
     if folder.ndim == 1 and folder.box is not None:
         parts.append(f"L = {_number(folder.box.lengths[0])}")
     if folder.walls and folder.box is not None:
-        parts.append("between walls" if not any(folder.box.periodic) else "with walls")
+        sides = zip(diagnostics.AXES, folder.box.boundaries, strict=False)
+        named = [f"{' to '.join(dict.fromkeys(pair))} across {axis}" for axis, pair in sides if pair[0] != "periodic"]
+        walls = "between walls" if not any(folder.box.periodic) else "with walls"
+        parts.append(", ".join(named).replace("_", " ") if folder.gas else walls)
     if folder.scalars:
         parts.append(f"passive scalar{'s' if len(folder.scalars) > 1 else ''} {', '.join(folder.scalars)}")
     sizes = [r.data.sizes.get("sample") for r in folder.runs if r.data is not None]
@@ -1345,6 +1744,11 @@ def _caption_words(folder: Folder) -> dict[str, str]:
             window = f" over t = {_number(float(start))} … {_number(float(end))}"
             break
     data = [r.data for r in folder.runs if r.data is not None]
+    along = next(
+        (str(d["spectrum"].attrs["along"]).replace(" ", ", ") for d in data if "spectrum" in d and "along" in d["spectrum"].attrs),
+        "",
+    )
+    split = any("spectrum_parts" in d for d in data)
     drifts = any("drift" in d for d in data)
     divergence = any("divergence_max" in d for d in data)
     several = any(d.sizes.get("sample", 1) > 1 for d in data)
@@ -1354,23 +1758,52 @@ def _caption_words(folder: Folder) -> dict[str, str]:
         "Drift is the change of the sum, less what forcing and drag are known to add, over Σ|u| at the start. "
         "A line that leaves a panel downwards is exactly zero; "
     )
-    if folder.scalars and drifts:
+    if folder.gas:
+        drift = drift.replace(
+            "forcing and drag are known to add, over Σ|u| at the start",
+            "forces, sides, floors and radiation are known to add, over Σ|q| at the start (momentum: Σ|ρv|)",
+        )
+    elif folder.scalars and drifts:
         drift = drift.replace("Σ|u| at the start", "Σ|u| (scalars: Σ|c|) at the start")
     return {
         "band": f" on the modes |n| ≤ {modes}{per_axis}" if modes is not None else "",
         "window": window,
-        "compared": "u" if folder.ndim == 1 else "Vorticity",
+        "compared": "The density's fluctuation ρ − ⟨ρ⟩" if folder.gas else "u" if folder.ndim == 1 else "Vorticity",
+        "values": "ln ρ/⟨ρ⟩" if folder.gas else "Values" if folder.ndim == 1 else "All three components",
         "vorticity": "Vorticity along z of the first start" if folder.ndim == 3 else "Vorticity of the first start",
-        "plane": " Shown on the plane in the middle of the box, normal to z." if folder.ndim == 3 else "",
+        "plane": f" Shown on the plane in the middle of the box, normal to {_normal(folder)}." if folder.ndim == 3 else "",
         "differences": " Differences of the velocities at the cell centres, one-sided at walls." if folder.walls else "",
         "error": "over starts" if several else "over blocks of time, where the window holds enough of them",
         "conservation": " and ".join(["Conservation"] * drifts + ["divergence"] * divergence).capitalize(),
         "drift": f"Largest over the starts. {drift if drifts else ''}× ends a diverged run.",
-        "series": "Mean squares of u and its derivatives"
+        "series": "Mach number, density fluctuation, kinetic energy and dilatation" + (", emission" if folder.radiates else "")
+        if folder.gas
+        else "Mean squares of u and its derivatives"
         if folder.ndim == 1
         else f"Energy{',' if rate else ' and'} enstrophy" + (" and dissipation" if rate else ""),
+        "spectra": f"Along {along}, the mean over the other axes. " if along else "",
+        "split": " Below: the share of the compressive part in the Helmholtz split." if split else "",
+        "converged": _convergence_words(folder),
+        "stated": _number(_stated_time(folder.summary, folder.config)),
         "rate": " −dE/dt by differences between frames." if rate else "",
     }
+
+
+def _convergence_words(folder: Folder) -> str:
+    until = folder.converged_until
+    if folder.gas:
+        about = "What half its resolution changes in the filtered reference, mean over starts"
+        return f"{about}. " + (
+            f"ρ and √ρ v stay within {100 * gas.TOLERANCE:g} % to t = {_number(until)}." if until is not None else ""
+        )
+    about = "The reference against the same run at half its resolution: mean (black) and every start (grey). "
+    return about + (f"ρ stays above 0.99 to t = {_number(until)}." if until is not None else "")
+
+
+def _normal(folder: Folder) -> str:
+    """The axis across the plane that pictures show."""
+    grid = folder.box
+    return "z" if grid is None else next(diagnostics.AXES[a] for a in range(grid.ndim) if a not in _plane(grid))
 
 
 def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
@@ -1380,9 +1813,10 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
     recipes = (
         (
             "spacetime",
-            "u of the first start in space and time",
+            f"{'Density' if folder.gas else 'u'} of the first start in space and time",
             "Time runs to the right, x upwards; one colour scale throughout. Each run stands under the reference with its own "
-            "filter; the black line is where the correlation of this start falls below 0.95."
+            "filter"
+            + ("." if folder.gas else "; the black line is where the correlation of this start falls below 0.95.")
             + (" Later times are left out." if folder.early_end != folder.window_end else ""),
             spacetime_figure,
         ),
@@ -1400,6 +1834,26 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
             scalar_figure,
         ),
         (
+            "density",
+            "Density of the first start",
+            f"One colour scale throughout; percent: the relative L2 error of this start's density{words['band']}.{words['plane']}",
+            density_figure,
+        ),
+        (
+            "temperature",
+            "Temperature of the first start",
+            f"T = p/ρ. One colour scale throughout.{words['plane']}",
+            temperature_figure,
+        ),
+        (
+            "error",
+            "Error over time",
+            f"‖q − q_ref‖/‖q_ref‖{words['band']}, each run against the reference under its own filter. Lines: mean over starts; "
+            f"bands: smallest to largest; dots: the stated time, t = {words['stated']}; dashed: bare runs; × ends a diverged run. "
+            "Dotted: what half its resolution changes in the reference itself.",
+            error_figure,
+        ),
+        (
             "correlation",
             "Correlation with the reference over time",
             f"{compared}{words['band']}, each run against the reference under its own filter. Lines: mean over starts; "
@@ -1409,17 +1863,34 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
         ),
         (
             "spectra",
-            "Spectra against the reference" if folder.ndim == 1 else "Compensated spectra against the reference",
-            f"Mean over starts and{window or ' time'}; the reference has the same filter as the runs beside it. "
-            "The grey band, above two thirds of Nyquist, does not enter the spectrum error.",
+            ("Spectra" if folder.ndim == 1 else "Compensated spectra")
+            + (" of √ρ v" if folder.gas else "")
+            + " against the reference",
+            f"{words['spectra']}Mean over starts and{window or ' time'}; the reference has the same filter as the runs beside it. "
+            f"The grey band, above two thirds of Nyquist, does not enter the spectrum error.{words['split']}",
             spectrum_figure,
         ),
         (
             "distribution",
-            "Distribution of u" if folder.ndim == 1 else "Distribution of the vorticity",
-            f"{'Values' if folder.ndim == 1 else 'All three components'} at all points, over starts and{window or ' time'}; the "
+            f"Distribution of {'the density' if folder.gas else 'u' if folder.ndim == 1 else 'the vorticity'}",
+            f"{words['values']} at all points, over starts and{window or ' time'}; the "
             "reference has the same filter as the runs beside it.",
             distribution_figure,
+        ),
+        (
+            "phases",
+            "Phases: mass and emission per temperature",
+            f"Bins of 1/{gas.BINS_PER_DECADE} decade; box means over starts and{window or ' time'}; the reference has the same "
+            "filter as the runs beside it.",
+            phase_figure,
+        ),
+        (
+            "budget",
+            "Energy budget",
+            "Box means over starts. Kinetic and internal energy: change since the start. Floors count as added. Left over: "
+            "|E(t) − E(0) − what was added + what was radiated|/E(0), the largest over starts; a line that leaves the panel "
+            "downwards is exactly zero.",
+            budget_figure,
         ),
         (
             "statistics",
@@ -1437,7 +1908,9 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
         (
             "cost",
             "Accuracy against cost",
-            "Up and left is better. Hollow: bare runs; triangles: still above 0.95 when the window ends.",
+            "Down and left is better. Hollow: bare runs."
+            if folder.gas
+            else "Up and left is better. Hollow: bare runs; triangles: still above 0.95 when the window ends.",
             cost_figure,
         ),
         (
@@ -1449,8 +1922,7 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
         (
             "convergence",
             "Is the reference converged?",
-            "The reference against the same run at half its resolution: mean (black) and every start (grey). "
-            + (f"ρ stays above 0.99 to t = {_number(folder.converged_until)}." if folder.converged_until is not None else ""),
+            words["converged"],
             convergence_figure,
         ),
         (
@@ -1489,11 +1961,19 @@ def write_report(folder: Path) -> Path:
     columns = _columns(found)
     sentences = {
         "spectrum_error": " Spectrum error: mean |ln E/E_ref| to two thirds of Nyquist.",
-        "statistics_error": f" Statistics error: largest relative error of {_statistics_words(found.config)}.",
+        "statistics_error": f" Statistics error: largest relative error of {_statistics_words(found.config, found.summary)}.",
         "drift": " Drift: largest over variables.",
+        "floors": " Floor events: how often a floor stood in for a density or pressure.",
     }
+    times = "t95, t80: first time the mean correlation falls below 0.95, 0.80 (≥: not within the window)"
+    if found.gas:
+        at = _number(_stated_time(found.summary, found.config))
+        times = f"Error: the larger of the relative L2 errors of ρ and √ρ v at t = {at}, mean over starts. "
+        if "temperature_error" in columns:
+            times += "Phase error: Σ|m − m_ref|/Σm_ref of the mean mass m per temperature bin. "
+        times += "t95: first time the mean correlation of the density's fluctuation falls below 0.95 (≥: not within the window)"
     note = (
-        "t95, t80: first time the mean correlation falls below 0.95, 0.80 (≥: not within the window)"
+        times
         + ("; below them the 90 % bootstrap interval over starts" if intervals else "")
         + "."
         + "".join(text for key, text in sentences.items() if key in columns)

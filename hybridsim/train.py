@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hybridsim import diagnostics, storage
+from hybridsim import diagnostics, gas, storage
 from hybridsim.grid import Grid
 from hybridsim.model import Model, frames_of
 from hybridsim.progress import Reporter
@@ -188,7 +188,11 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
     frames = data.shape[1] - 1
     u = np.asarray(_rollouts(model, jnp.asarray(data[:, 0]), frames, every))
     solver = model.solver
-    rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes, solver)
+    of_gas = gas.gas_of(solver)
+    if of_gas is None:
+        rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes, solver)
+    else:
+        rho = gas.compare(u, data[:, 1:], solver.grid, of_gas.gamma, modes)[1]
     mean = np.concatenate([[1.0], rho.mean(axis=0)])
     times = interval * np.arange(frames + 1)
     t95, t95_at_least = diagnostics.crossing_time(times, mean, 0.95)

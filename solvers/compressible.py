@@ -4,6 +4,7 @@ import abc
 from collections.abc import Mapping, Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -37,6 +38,11 @@ def _numbers(value: Sequence[float]) -> tuple[float, ...]:
 
 def _diffusivities(value: Mapping[str, float | Array] | None) -> dict[str, float | Array]:
     return {name: _scalar(value[name]) for name in sorted(value)} if value else {}
+
+
+def channels_of(q: Float[Array, "c *grid"]) -> Channels:
+    """The channels of an array, by one operation whose transpose is a concatenation and not a sum of padded arrays."""
+    return [part.reshape(q.shape[1:]) for part in jax.lax.split(q, (1,) * q.shape[0])]
 
 
 def is_zero(value: float | Array) -> bool:
@@ -199,11 +205,11 @@ class CompressibleNavierStokes(eqx.Module):
 
     def primitive(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
         """W = (ρ, v, p, c) of U = (ρ, ρv, E, ρc)."""
-        return jnp.stack(self.primitive_channels(list(u), u.ndim - 1))
+        return jnp.stack(self.primitive_channels(channels_of(u), u.ndim - 1))
 
     def conserved(self, w: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
         """U = (ρ, ρv, E, ρc) of W = (ρ, v, p, c)."""
-        return jnp.stack(self.conserved_channels(list(w), w.ndim - 1))
+        return jnp.stack(self.conserved_channels(channels_of(w), w.ndim - 1))
 
     def primitive_channels(self, u: Sequence[Array], d: int) -> Channels:
         """`primitive` of channels in d dimensions."""

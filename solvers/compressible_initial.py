@@ -33,6 +33,10 @@ def _number(value: float | int) -> float:
     return float(value)
 
 
+def _optional(value: float | int | None) -> float | None:
+    return None if value is None else float(value)
+
+
 def _vector(value: Sequence[float] | None) -> tuple[float, ...] | None:
     return None if value is None else tuple(float(x) for x in value)
 
@@ -85,6 +89,7 @@ def _offset(x: np.ndarray, origin: float, axis: int, grid: Grid) -> np.ndarray:
 
 
 def _gamma(equation: CompressibleNavierStokes) -> float:
+    """γ as a number: initial states are made before anything is differentiated."""
     return float(equation.gamma)
 
 
@@ -195,6 +200,9 @@ class LinearWave(AbstractSolution):
 
     The set-up of Athena++'s regression tests (Stone et al. 2020, doi:10.3847/1538-4365/ab929b): γ = 5/3, in three dimensions a box
     3 × 1.5 × 1.5 with the diagonal (1, 2, 2)/3, where the wave is of length 1 and sound needs the time 1 for one period.
+
+    >>> round(LinearWave().period(Grid((64, 32, 32), (3.0, 1.5, 1.5))), 12)
+    1.0
     """
 
     kind: Literal["sound_right", "sound_left", "entropy", "shear"] = eqx.field(static=True, default="sound_right")
@@ -309,7 +317,7 @@ class Gresho(AbstractSolution):
 
     mach: float = eqx.field(static=True, converter=_number, default=0.1)
     speed: float = eqx.field(static=True, converter=_number, default=1.0)
-    radius: float | None = eqx.field(static=True, default=None)
+    radius: float | None = eqx.field(static=True, converter=_optional, default=None)
     density: float = eqx.field(static=True, converter=_number, default=1.0)
     velocity: tuple[float, ...] | None = eqx.field(static=True, converter=_vector, default=None)
     axis: int = eqx.field(static=True, default=2)
@@ -324,7 +332,7 @@ class Gresho(AbstractSolution):
         gamma = _gamma(equation)
         stream = _per_axis("velocity", self.velocity, grid, (0.0,) * grid.ndim)
         (a, x), (b, y) = _turning("gresho", position, grid, self.axis, _middle(grid), stream, t)
-        radius = float(self.radius) if self.radius is not None else 0.2 * min(grid.lengths[a], grid.lengths[b])
+        radius = 0.2 * min(grid.lengths[a], grid.lengths[b]) if self.radius is None else self.radius
         r = np.sqrt(x * x + y * y)
         s = r / radius
         ends = np.clip(s, 1, 2)
@@ -614,19 +622,26 @@ def _lattice_cells(modes: float | int) -> int:
         n += 1
 
 
+def _carrier(lengths: tuple[float, ...], unit: float, highest: float) -> Grid:
+    """The lattice of the modes |k| ≤ highest · unit: a matter of the box and the band alone."""
+    return Grid([_lattice_cells(highest * unit * length / (2 * np.pi)) for length in lengths], lengths)
+
+
+def _noise(key: PRNGKeyArray, lattice: Grid) -> Float[Array, "d *lattice"]:
+    # the same numbers in single and in double precision
+    return jax.random.normal(key, (lattice.ndim, *lattice.shape), jnp.float32)
+
+
 def _random_velocity(
-    key: PRNGKeyArray,
-    lengths: tuple[float, ...],
+    noise: Array,
+    lattice: Grid,
     unit: float,
     band: tuple[float, float],
     energy: Callable[[np.ndarray], np.ndarray],
     solenoidal_share: float,
     dtype: Any,
-) -> tuple[Grid, Array]:
-    """v̂(k) = W_k ξ_k √(E(n)/n^{d−1}) in the band lowest ≤ n = |k|/unit ≤ highest, and the lattice that carries it.
-
-    ξ is white noise on the lattice, which depends on the box and the band alone."""
-    lattice = Grid([_lattice_cells(band[1] * unit * length / (2 * np.pi)) for length in lengths], lengths)
+) -> Array:
+    """v̂(k) = W_k ξ_k √(E(n)/n^{d−1}) in the band lowest ≤ n = |k|/unit ≤ highest, from the noise ξ on the lattice."""
     k = np.stack(np.broadcast_arrays(*lattice.wavenumbers()))
     n = np.sqrt((k**2).sum(axis=0)) / unit
     inside = (n >= band[0] - 1e-9) & (n <= band[1] + 1e-9)
@@ -636,14 +651,12 @@ def _random_velocity(
     amplitude = np.where(inside, np.sqrt(energy(safe) / safe ** (lattice.ndim - 1)), 0.0)
     direction = np.where(inside[None], k, 1.0)
     direction = direction / np.sqrt((direction**2).sum(axis=0))
-    # the same numbers in single and in double precision
-    noise = jax.random.normal(key, (lattice.ndim, *lattice.shape), jnp.float32).astype(dtype)
-    hat = jnp.fft.rfftn(noise, axes=tuple(range(1, lattice.ndim + 1)))
+    hat = jnp.fft.rfftn(noise.astype(dtype), axes=tuple(range(1, lattice.ndim + 1)))
     # largest amplitude 1: single precision has no room for k to high powers
     hat = hat * jnp.asarray(amplitude / amplitude.max(), dtype)[None]
     e = jnp.asarray(direction, dtype)
     along = e * jnp.sum(e * hat, axis=0)[None]
-    return lattice, solenoidal_share * (hat - along) + (1 - solenoidal_share) * along
+    return solenoidal_share * (hat - along) + (1 - solenoidal_share) * along
 
 
 def _to_space(hat: Array, lattice: Grid) -> Array:
@@ -685,15 +698,16 @@ class CompressibleTurbulence(eqx.Module):
     starts from the block means of a fine one. (The motion within its cells then counts as heat, as it does for any cell mean of a
     total energy: √⟨|v|²⟩ is that of the flow, not of the grid.) The mean momentum is zero. Scalars start as ½(1 + cos(2πx/L_x)).
 
-    Two families. Athena++'s problem `turb`: γ = 5/3, box 1, decaying, exponent 2, modes 0 < |n| < 16, ζ = ½, total energy
-    `dedt` = 1, thermal energy density 1: `pressure` 0.6666666666666667, `kinetic_energy` 1 (Mach 1.34), all else as it stands here.
+    Two families. Athena++'s problem `turb`: γ = 5/3, box 1, decaying, exponent 2, modes 0 < |n| < 16 (here |n| = 16 as well),
+    ζ = ½, total energy `dedt` = 1, thermal energy density 1: `pressure` 0.6666666666666667, `kinetic_energy` 1 (Mach 1.34), and all
+    else by default.
     Decaying solenoidal turbulence of Spyropoulos & Blaisdell 1996, doi:10.2514/3.13178: `spectrum` exponential,
     `peak_wavenumber` 4, `solenoidal_share` 1, turbulent Mach number M_t = `mach` 0.2, 0.4 or 0.6 at γ = 1.4, box 2π, `pressure`
     1/(γ M_t²), so that √⟨|v|²⟩ = 1; μ = 0.0028 (T/T₀)^0.76 with T₀ = `pressure`, Pr = 0.72.
     """
 
     mach: float = eqx.field(static=True, converter=_number, default=1.0)
-    kinetic_energy: float | None = eqx.field(static=True, default=None)
+    kinetic_energy: float | None = eqx.field(static=True, converter=_optional, default=None)
     density: float = eqx.field(static=True, converter=_number, default=1.0)
     pressure: float = eqx.field(static=True, converter=_number, default=1.0)
     spectrum: Literal["power_law", "exponential"] = eqx.field(static=True, default="power_law")
@@ -730,14 +744,16 @@ class CompressibleTurbulence(eqx.Module):
             raise ValueError(
                 f"solenoidal_share: in one dimension all motion is compressive and the share is 0, not {self.solenoidal_share}"
             )
-        return self._flow(key, grid, jnp.dtype(dtype), _gamma(equation), len(equation.scalars))
+        unit = 2 * np.pi / max(grid.lengths)
+        lattice = _carrier(grid.lengths, unit, self.highest_mode)
+        return self._flow(_noise(key, lattice), lattice, unit, grid, jnp.dtype(dtype), _gamma(equation), len(equation.scalars))
 
     @eqx.filter_jit
-    def _flow(self, key: PRNGKeyArray, grid: Grid, dtype: np.dtype, gamma: float, scalars: int) -> Float[Array, "c *grid"]:
+    def _flow(
+        self, noise: Array, lattice: Grid, unit: float, grid: Grid, dtype: np.dtype, gamma: float, scalars: int
+    ) -> Float[Array, "c *grid"]:
         band = (self.lowest_mode, self.highest_mode)
-        unit = 2 * np.pi / max(grid.lengths)
-        lattice, hat = _random_velocity(key, grid.lengths, unit, band, self._energy, self.solenoidal_share, dtype)
-        v = _to_space(hat, lattice)
+        v = _to_space(_random_velocity(noise, lattice, unit, band, self._energy, self.solenoidal_share, dtype), lattice)
         energy = self.kinetic_energy
         if energy is None:
             energy = 0.5 * gamma * self.pressure * self.mach**2
@@ -783,14 +799,15 @@ class MixingLayer(eqx.Module):
     coarse grid starts from the block means of a fine one. T_hot = p₀/ρ_h and T_cold = T_hot/χ; cooling is strongest near
     √(T_cold T_hot).
 
-    The defaults stand for AthenaK's problem `TRML` in a box 1 × 1 × [−½, 1] of 64 × 64 × 96 cells, periodic but along z; with
-    `seeds: sine` and `cold_velocity: 0` one has the interface of the older Athena++ decks. Fielding et al. 2020,
-    doi:10.3847/2041-8213/ab8d2c; Tan, Oh & Gronke 2021, doi:10.1093/mnras/stab053.
+    The defaults stand for AthenaK's problem `TRML` in a box 1 × 1 × [−½, 1] of 64 × 64 × 96 cells, γ = 5/3, periodic but along z
+    (there g multiplies v' itself, which then is not quite solenoidal); with `seeds: sine` and `cold_velocity: 0` one has the
+    interface of the older Athena++ decks. Fielding et al. 2020, doi:10.3847/2041-8213/ab8d2c; Tan, Oh & Gronke 2021,
+    doi:10.1093/mnras/stab053.
     """
 
     contrast: float = eqx.field(static=True, converter=_number, default=10**1.75)
     velocity: float = eqx.field(static=True, converter=_number, default=0.6454972243679028)
-    cold_velocity: float | None = eqx.field(static=True, default=None)
+    cold_velocity: float | None = eqx.field(static=True, converter=_optional, default=None)
     hot_density: float = eqx.field(static=True, converter=_number, default=1.0)
     pressure: float = eqx.field(static=True, converter=_number, default=1.0)
     width: float = eqx.field(static=True, converter=_number, default=0.01)
@@ -820,32 +837,30 @@ class MixingLayer(eqx.Module):
     def profile(self, z: Float[np.ndarray, "..."], length: float) -> dict[str, Float[np.ndarray, "..."]]:
         """ρ, u and the mass fraction of cold gas without seeds, at heights z in a box `length` high."""
         step = np.tanh((z - self.interface * length) / self.width)
-        cold = -0.5 * self.velocity if self.cold_velocity is None else float(self.cold_velocity)
+        cold = -0.5 * self.velocity if self.cold_velocity is None else self.cold_velocity
         return {
             "density": self.hot_density * (1 + (self.contrast - 1) * 0.5 * (1 - step)),
             "velocity": cold + self.velocity * 0.5 * (1 + step),
             "cold": 0.5 * (1 - step),
         }
 
-    def _seeds(self, key: PRNGKeyArray, grid: Grid, dtype: Any) -> tuple[Grid, Array, Array]:
-        """The lattice, f and h of v' = g f + g' h."""
-        along = grid.lengths[:-1]
-        if self.seeds == "sine":
-            shape = [*[_lattice_cells(self.waves)] * len(along), 2]
-            lattice = Grid(shape, grid.lengths)
-            wave = np.full(shape, self.seed_speed)
+    def _seeds(self, noise: Array | None, lattice: Grid, dtype: Any) -> tuple[Array, Array]:
+        """f and h of v' = g f + g' h, on the lattice."""
+        along = lattice.lengths[:-1]
+        if noise is None:
+            wave = np.full(lattice.shape, self.seed_speed)
             for x, length in zip(lattice.mesh()[:-1], along, strict=True):
                 wave = wave * np.sin(2 * np.pi * self.waves / length * x)
-            f = np.stack([np.zeros(shape)] * len(along) + [wave])
-            return lattice, jnp.asarray(f, dtype), jnp.zeros_like(jnp.asarray(f, dtype))
+            f = jnp.asarray(np.stack([np.zeros(lattice.shape)] * len(along) + [wave]), dtype)
+            return f, jnp.zeros_like(f)
         band, unit = (self.lowest_mode, self.highest_mode), 2 * np.pi / max(along)
-        lattice, hat = _random_velocity(key, grid.lengths, unit, band, lambda n: n**-self.exponent, 1.0, dtype)
+        hat = _random_velocity(noise, lattice, unit, band, lambda n: n**-self.exponent, 1.0, dtype)
         k = lattice.wavenumbers()
         square = sum(q * q for q in k)
         square = np.where(square > 0, square, 1.0)
         # A = ∇ × f/k², of which ∇g × A needs the components along the interface
         curl = [jnp.asarray(q / square, dtype) for q in k]
-        if grid.ndim == 2:
+        if lattice.ndim == 2:
             h = jnp.stack([1j * (curl[0] * hat[1] - curl[1] * hat[0]), jnp.zeros_like(hat[0])])
         else:
             a = 1j * (curl[1] * hat[2] - curl[2] * hat[1])
@@ -853,7 +868,7 @@ class MixingLayer(eqx.Module):
             h = jnp.stack([-b, a, jnp.zeros_like(a)])
         f = _to_space(hat, lattice)
         scale = self.seed_speed / jnp.sqrt(jnp.mean(jnp.sum(f * f, axis=0)))
-        return lattice, scale * f, scale * _to_space(h, lattice)
+        return scale * f, scale * _to_space(h, lattice)
 
     def __call__(
         self, key: PRNGKeyArray, grid: Grid, places: tuple[Place, ...], dtype: Any, equation: CompressibleNavierStokes
@@ -862,10 +877,18 @@ class MixingLayer(eqx.Module):
             raise ValueError("mixing_layer: a shear layer needs two or three dimensions")
         if not all(grid.periodic[:-1]):
             raise ValueError("mixing_layer: needs periodic boundaries along the interface; z is the last axis")
-        return self._flow(key, grid, jnp.dtype(dtype), _gamma(equation), len(equation.scalars))
+        if self.seeds == "sine":
+            lattice = Grid([*[_lattice_cells(self.waves)] * (grid.ndim - 1), 2], grid.lengths)
+            noise = None
+        else:
+            lattice = _carrier(grid.lengths, 2 * np.pi / max(grid.lengths[:-1]), self.highest_mode)
+            noise = _noise(key, lattice)
+        return self._flow(noise, lattice, grid, jnp.dtype(dtype), _gamma(equation), len(equation.scalars))
 
     @eqx.filter_jit
-    def _flow(self, key: PRNGKeyArray, grid: Grid, dtype: np.dtype, gamma: float, scalars: int) -> Float[Array, "c *grid"]:
+    def _flow(
+        self, noise: Array | None, lattice: Grid, grid: Grid, dtype: np.dtype, gamma: float, scalars: int
+    ) -> Float[Array, "c *grid"]:
         length, cells, h = grid.lengths[-1], grid.shape[-1], grid.spacing[-1]
         # the layer may be thinner than a cell
         parts = max(1, int(np.ceil(4 * h / self.width)))
@@ -885,7 +908,7 @@ class MixingLayer(eqx.Module):
         def row(q: np.ndarray) -> Array:
             return jnp.broadcast_to(jnp.asarray(over_cells(q).reshape(*[1] * (grid.ndim - 1), -1), dtype), grid.shape)
 
-        lattice, f, s = self._seeds(key, grid, dtype)
+        f, s = self._seeds(noise, lattice, dtype)
         flat = (True,) * (grid.ndim - 1) + (False,)
         # what the Fourier series through the points of the lattice is at the places of the quadrature
         kernels = {}

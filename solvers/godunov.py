@@ -4,7 +4,6 @@ All channels are means over cells. The flux of every channel along axis a lives 
 """
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import equinox as eqx
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from hybridsim.contract import AbstractSolver, Flux, Interpolation, PostStep, Real, Replacement, Source, Variable
 from hybridsim.grid import Grid, cell_mean
 from hybridsim.solvers import staggering
-from hybridsim.solvers.compressible import AXES, SIDES, Channels, CompressibleNavierStokes, is_zero
+from hybridsim.solvers.compressible import AXES, SIDES, Channels, CompressibleNavierStokes, channels_of, is_zero
 from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, Reconstruction, characteristic, null_space, windows
 from hybridsim.solvers.riemann import RIEMANN_SOLVERS, largest_speed, llf
 from hybridsim.solvers.staggering import part
@@ -30,10 +29,6 @@ KEPT_SHARE = 1e-2
 
 SUSPICIOUS_SHARE = 5e-2
 """A cell whose density or pressure falls below this share of itself in one stage calls for the positivity limiter."""
-
-
-def _mean(q: Array) -> Array:
-    return jnp.mean(q)
 
 
 class CompressibleFiniteVolume(AbstractSolver):
@@ -119,15 +114,14 @@ class CompressibleFiniteVolume(AbstractSolver):
         return self
 
     def encode(self, u: Float[Array, "c *grid"]) -> PyTree:
-        channels = tuple(u)
-        events = jnp.zeros((len(EVENTS),), u.dtype).at[:3].set(self._floors(channels))
-        z = {"u": channels, "injected": jnp.zeros((len(channels) + 1,), u.dtype), "events": events}
+        events = jnp.zeros((len(EVENTS),), u.dtype).at[:3].set(self._floors(u))
+        z = {"u": u, "injected": jnp.zeros((u.shape[0] + 1,), u.dtype), "events": events}
         if self.equation.forcing is not None:
             z["memory"] = self.equation.forcing.init_memory(self.grid)
         return z
 
     def decode(self, z: PyTree) -> Float[Array, "c *grid"]:
-        return jnp.stack(z["u"])
+        return z["u"]
 
     def constrain(self, z: PyTree) -> PyTree:
         return z
@@ -184,9 +178,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         return len(null_space(self.reconstruction))
 
     def receive(self, flux, source) -> PyTree:
-        return {name: tuple(q) for name, q in (("source", source),) if q is not None} | (
-            {} if flux is None else {"flux": tuple(tuple(row) for row in flux)}
-        )
+        return {name: part for name, part in (("flux", flux), ("source", source)) if part is not None}
 
     def receive_weights(self, weights: Float[Array, "d side c free *grid"]) -> PyTree:
         """What `euler` will use for the output of an Interpolation closure."""
@@ -194,109 +186,122 @@ class CompressibleFiniteVolume(AbstractSolver):
 
     # -- primitive variables ----------------------------------------------------------------------------------------------------
 
-    def _primitive(self, u: Sequence[Array]) -> Channels:
+    def _primitive(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
         """W, with ρ and p no lower than their floors."""
-        d = self.grid.ndim
-        rho = jnp.maximum(u[0], jnp.asarray(self.density_floor, u[0].dtype))
-        w = self.equation.primitive_channels([rho, *u[1:]], d)
-        w[d + 1] = jnp.maximum(w[d + 1], jnp.asarray(self.pressure_floor, u[0].dtype))
-        return w
+        d, (rho, *others) = self.grid.ndim, channels_of(u)
+        w = self.equation.primitive_channels([jnp.maximum(rho, jnp.asarray(self.density_floor, u.dtype)), *others], d)
+        w[d + 1] = jnp.maximum(w[d + 1], jnp.asarray(self.pressure_floor, u.dtype))
+        return jnp.stack(w)
 
-    def _pressure(self, u: Sequence[Array]) -> Array:
+    def _pressure(self, u: Float[Array, "c *grid"]) -> Float[Array, "*grid"]:
         """p without a floor."""
-        rho = jnp.maximum(u[0], jnp.asarray(self.density_floor, u[0].dtype))
-        return self.equation.primitive_channels([rho, *u[1:]], self.grid.ndim)[self.grid.ndim + 1]
+        rho, *others = channels_of(u)
+        w = self.equation.primitive_channels([jnp.maximum(rho, jnp.asarray(self.density_floor, u.dtype)), *others], self.grid.ndim)
+        return w[self.grid.ndim + 1]
 
-    def _floors(self, u: Sequence[Array]) -> Float[Array, "3"]:
+    def _floors(self, u: Float[Array, "c *grid"]) -> Float[Array, "3"]:
         """(cells below a floor, and the box means of the mass and the energy that the floors stand for)."""
-        dtype = u[0].dtype
-        low, high = jnp.asarray(self.density_floor, dtype), jnp.asarray(self.pressure_floor, dtype)
+        u = jax.lax.stop_gradient(u)
+        low, high = jnp.asarray(self.density_floor, u.dtype), jnp.asarray(self.pressure_floor, u.dtype)
         p = self._pressure(u)
-        below = (u[0] < low) | (p < high)
         mass = jnp.maximum(low - u[0], 0)
-        energy = jnp.maximum(high - p, 0) / (jnp.asarray(self.equation.gamma, dtype) - 1)
-        return jnp.stack([jnp.sum(below).astype(dtype), _mean(mass), _mean(energy)])
+        energy = jnp.maximum(high - p, 0) / (jax.lax.stop_gradient(jnp.asarray(self.equation.gamma, u.dtype)) - 1)
+        return jnp.stack([jnp.sum((u[0] < low) | (p < high)).astype(u.dtype), jnp.mean(mass), jnp.mean(energy)])
 
-    def _beyond(self, w: Sequence[Array], axis: int, side: int, halo: int, t: Real) -> Channels:
+    def _beyond(self, w: Float[Array, "c *grid"], axis: int, side: int, halo: int, t: Real) -> Float[Array, "c *ghosts"]:
         """`halo` layers of primitive variables beyond one side, in the order of the axis."""
-        n, kind = self.grid.shape[axis], self.grid.boundaries[axis][side]
-        d = self.grid.ndim
+        n, kind, d = self.grid.shape[axis], self.grid.boundaries[axis][side], self.grid.ndim
         if kind == "fixed":
             h = self.grid.spacing[axis]
             along = (np.arange(-halo, 0) + 0.5) * h if side == 0 else self.grid.lengths[axis] + (np.arange(halo) + 0.5) * h
             position = [
-                jnp.asarray((along if a == axis else x).reshape([-1 if b == a else 1 for b in range(d)]), w[0].dtype)
+                jnp.asarray((along if a == axis else x).reshape([-1 if b == a else 1 for b in range(d)]), w.dtype)
                 for a, x in enumerate(self.grid.coordinates(self.grid.centre))
             ]
             given = self.equation.boundary_state[f"{AXES[axis]}_{SIDES[side]}"](position, t)
-            shape = tuple(halo if a == axis else m for a, m in enumerate(w[0].shape))
-            return [jnp.broadcast_to(q.astype(w[0].dtype), shape) for q in given]
-        out = []
-        for c, q in enumerate(w):
-            if kind == "reflecting":
-                layers = jnp.flip(part(q, 0, halo, axis) if side == 0 else part(q, n - halo, n, axis), axis)
-                out.append(-layers if c == 1 + axis else layers)
-            else:
-                edge = part(q, 0, 1, axis) if side == 0 else part(q, n - 1, n, axis)
-                out.append(jnp.concatenate([edge] * halo, axis))
-        return out
+            shape = tuple(halo if a == axis else m for a, m in enumerate(self.grid.shape))
+            return jnp.stack([jnp.broadcast_to(q.astype(w.dtype), shape) for q in given])
+        if kind == "reflecting":
+            layers = part(w, 0, halo, axis + 1) if side == 0 else part(w, n - halo, n, axis + 1)
+            return self._mirrored(jnp.flip(layers, axis + 1), axis)
+        edge = part(w, 0, 1, axis + 1) if side == 0 else part(w, n - 1, n, axis + 1)
+        return jnp.concatenate([edge] * halo, axis + 1)
 
-    def _around(self, w: Sequence[Array], axis: int, halo: int, t: Real) -> list[tuple[Array, Array, Array]]:
-        """(below, inside, above) of each channel: `halo` layers beyond both sides of `axis`."""
+    def _mirrored(self, w: Float[Array, "c *grid"], axis: int) -> Float[Array, "c *grid"]:
+        """The velocity along `axis` with the other sign."""
+        return jnp.concatenate([w[: axis + 1], -w[axis + 1 : axis + 2], w[axis + 2 :]])
+
+    def _around(self, w: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> tuple[Array, Array, Array]:
+        """(below, inside, above): `halo` layers beyond both sides of `axis`."""
         n = self.grid.shape[axis]
         if self.grid.periodic[axis]:
-            below, above = ([part(q, i, i + halo, axis) for q in w] for i in (n - halo, 0))
-        else:
-            below, above = (self._beyond(w, axis, side, halo, t) for side in range(2))
-        return list(zip(below, w, above, strict=True))
+            return part(w, n - halo, n, axis + 1), w, part(w, 0, halo, axis + 1)
+        return self._beyond(w, axis, 0, halo, t), w, self._beyond(w, axis, 1, halo, t)
 
-    def _extended(self, w: Sequence[Array], axis: int, halo: int, t: Real) -> Channels:
+    def _extended(self, w: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> Float[Array, "c *more"]:
         """w with `halo` more layers on both sides of `axis`."""
-        return [jnp.concatenate(three, axis) for three in self._around(w, axis, halo, t)]
+        return jnp.concatenate(self._around(w, axis, halo, t), axis + 1)
+
+    def _extended_everywhere(self, w: Float[Array, "c *grid"], t: Real) -> Float[Array, "c *more"]:
+        """w with one more layer on all sides, corners included."""
+        d, out = self.grid.ndim, w
+        for axis, n in enumerate(self.grid.shape):
+            ghosts = []
+            for side, kind in enumerate(self.grid.boundaries[axis]):
+                if kind == "periodic":
+                    at = 0 if side else n - 1
+                else:
+                    at = side * (n - 1)
+                edge = part(out, at, at + 1, axis + 1)
+                if kind == "reflecting":
+                    edge = self._mirrored(edge, axis)
+                elif kind == "fixed":
+                    edge = self._beyond(w, axis, side, 1, t)
+                    for a in range(axis):
+                        width = [(1, 1) if b == a + 1 else (0, 0) for b in range(d + 1)]
+                        edge = jnp.pad(edge, width, mode="wrap" if self.grid.periodic[a] else "edge")
+                ghosts.append(edge)
+            out = jnp.concatenate([ghosts[0], out, ghosts[1]], axis + 1)
+        return out
 
     # -- fluxes -----------------------------------------------------------------------------------------------------------------
 
     def _face_states(
-        self, w: Sequence[Array], axis: int, scheme: Reconstruction, t: Real, weights: Array | None
-    ) -> tuple[Channels, Channels]:
-        """(W_L, W_R) at the n + 1 faces; first order where the scheme would give a density or pressure that is not positive."""
+        self, w: Float[Array, "c *grid"], axis: int, scheme: Reconstruction, t: Real, weights: Array | None
+    ) -> tuple[Float[Array, "c *faces"], Float[Array, "c *faces"]]:
+        """(W_L, W_R) at the n + 1 faces; first order where the scheme would all but lose density or pressure."""
         d = self.grid.ndim
-        if self.reconstruct == "primitive" and weights is None and scheme.order <= 2:
-            # Channel by channel, so that no more than one is in memory with its halo.
-            faces = lambda three: scheme.faces(jnp.concatenate(three, axis), axis)  # noqa: E731
-            pairs = [stored(t, faces, three) for three in self._around(w, axis, scheme.halo, t)]
-            return [p[0] for p in pairs], [p[1] for p in pairs]
-        around = stored(t, lambda w: self._extended(w, axis, scheme.halo, t), w)
+        around = stored(t, lambda three: jnp.concatenate(three, axis + 1), self._around(w, axis, scheme.halo, t))
         if self.reconstruct == "characteristic" and scheme.order > 1:
-            gamma = jnp.asarray(self.equation.gamma, w[0].dtype)
-            left, right = characteristic(around, scheme.faces, scheme.halo, gamma, axis, d)
+            gamma = jnp.asarray(self.equation.gamma, w.dtype)
+            sides = stored(t, lambda q: self._by_characteristics(q, scheme, gamma, axis), around)
         else:
-            pairs = [stored(t, lambda q: scheme.faces(q, axis), q) for q in around]
-            left, right = [p[0] for p in pairs], [p[1] for p in pairs]
+            sides = stored(t, lambda q: scheme.faces(q, axis + 1), around)
+        if weights is None and scheme.order <= 2 and self.reconstruct == "primitive":
+            return sides
         if weights is not None:
             basis = null_space(self.reconstruction)
-            for c, q in enumerate(around):
-                cells = windows(q, scheme.halo, axis)
-                for f, row in enumerate(basis):
-                    combined = sum(float(x) * cell for x, cell in zip(row, cells, strict=True))
-                    mirrored = sum(float(x) * cell for x, cell in zip(row[::-1], cells, strict=True))
-                    left[c] = left[c] + weights[0, c, f] * combined
-                    right[c] = right[c] + weights[1, c, f] * mirrored
-        sides = []
-        for k, state in enumerate((left, right)):
-            cell = [part(q, scheme.halo - 1 + k, q.shape[axis] - scheme.halo + k, axis) for q in around]
-            share = jnp.asarray(KEPT_SHARE, w[0].dtype)
-            good = (state[0] > share * cell[0]) & (state[d + 1] > share * cell[d + 1])
-            sides.append([jnp.where(good, q, own) for q, own in zip(state, cell, strict=True)])
-        return sides[0], sides[1]
+            cells = windows(around, scheme.halo, axis + 1)
+            free = [list(map(float, row)) for row in basis]
+            for f, row in enumerate(free):
+                for k, order in enumerate((row, row[::-1])):
+                    combined = sum((x * cell for x, cell in zip(order[1:], cells[1:], strict=True)), order[0] * cells[0])
+                    sides = tuple(q + weights[k, :, f] * combined if k == side else q for side, q in enumerate(sides))
+        share, out = jnp.asarray(KEPT_SHARE, w.dtype), []
+        for k, state in enumerate(sides):
+            own = part(around, scheme.halo - 1 + k, around.shape[axis + 1] - scheme.halo + k, axis + 1)
+            good = (state[0] > share * own[0]) & (state[d + 1] > share * own[d + 1])
+            out.append(jnp.where(good[None], state, own))
+        return out[0], out[1]
 
-    def _viscous(self, w: Sequence[Array], axis: int, t: Real) -> Channels:
+    def _by_characteristics(self, around: Array, scheme: Reconstruction, gamma: Array, axis: int) -> tuple[Array, Array]:
+        left, right = characteristic(channels_of(around), scheme.faces, scheme.halo, gamma, axis, self.grid.ndim)
+        return jnp.stack(left), jnp.stack(right)
+
+    def _viscous(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> Channels:
         """−F_v: the flux of momentum by τ, of energy by τ·v and conduction, of scalars by diffusion; order 2."""
-        d, dtype = self.grid.ndim, w[0].dtype
-        around = list(w)
-        for a in range(d):
-            around = self._extended_with(around, a, t)
-        spacing = self.grid.spacing
+        d, spacing = self.grid.ndim, self.grid.spacing
+        around = channels_of(self._extended_everywhere(w, t))
 
         def cells(q: Array, along: int, across: int | None = None, offset: int = 0) -> Array:
             """Values beside the faces: `along` 0 or 1 cells further on the axis, `offset` aside on `across`."""
@@ -318,46 +323,27 @@ class CompressibleFiniteVolume(AbstractSolver):
         rho, v = around[0], around[1 : d + 1]
         temperature = around[d + 1] / rho
         mu = self.equation.dynamic_viscosity(mean(temperature))
-        gamma = jnp.asarray(self.equation.gamma, dtype)
-        heat = gamma / (gamma - 1) / jnp.asarray(self.equation.prandtl, dtype)
-        dilatation = slope(v[0], 0)
-        for b in range(1, d):
-            dilatation = dilatation + slope(v[b], b)
-        stress = [slope(v[b], axis) + (slope(v[axis], b) if b != axis else slope(v[b], axis)) for b in range(d)]
-        stress[axis] = stress[axis] - (2 / 3) * dilatation
-        stress = [mu * q for q in stress]
+        gamma = jnp.asarray(self.equation.gamma, w.dtype)
+        heat = gamma / (gamma - 1) / jnp.asarray(self.equation.prandtl, w.dtype)
+        along = [slope(v[b], axis) for b in range(d)]
+        dilatation = along[axis]
+        for b in range(d):
+            if b != axis:
+                dilatation = dilatation + slope(v[b], b)
+        stress = [mu * (q + (along[axis] if b == axis else slope(v[axis], b))) for b, q in enumerate(along)]
+        stress[axis] = stress[axis] - (2 / 3) * mu * dilatation
         energy = heat * mu * slope(temperature, axis)
         for b in range(d):
             energy = energy + stress[b] * mean(v[b])
         scalars = [
-            jnp.asarray(kappa, dtype) * mean(rho) * slope(q, axis)
+            jnp.asarray(kappa, w.dtype) * mean(rho) * slope(q, axis)
             for kappa, q in zip(self.equation.scalars.values(), around[d + 2 :], strict=True)
         ]
         return [jnp.zeros_like(energy), *(-q for q in stress), -energy, *(-q for q in scalars)]
 
-    def _extended_with(self, w: Sequence[Array], axis: int, t: Real) -> Channels:
-        """One more layer on both sides of `axis`, of channels that may have been extended along earlier axes."""
-        n = self.grid.shape[axis]
-        if self.grid.periodic[axis]:
-            return [jnp.concatenate([part(q, n - 1, n, axis), q, part(q, 0, 1, axis)], axis) for q in w]
-        sides = []
-        for side, kind in enumerate(self.grid.boundaries[axis]):
-            edge = [part(q, side * (n - 1), side * (n - 1) + 1, axis) for q in w]
-            if kind == "reflecting":
-                edge[1 + axis] = -edge[1 + axis]
-            elif kind == "fixed":
-                inner = list(w)
-                for a in range(axis):
-                    inner = [part(q, 1, self.grid.shape[a] + 1, a) for q in inner]
-                given = self._beyond(inner, axis, side, 1, t)
-                for a in range(axis):
-                    width = [(1, 1) if b == a else (0, 0) for b in range(self.grid.ndim)]
-                    given = [jnp.pad(q, width, mode="wrap" if self.grid.periodic[a] else "edge") for q in given]
-                edge = given
-            sides.append(edge)
-        return [jnp.concatenate(three, axis) for three in zip(sides[0], w, sides[1], strict=True)]
-
-    def _total_flux(self, w: Channels, axis: int, t: Real, extra: PyTree, scheme: Reconstruction) -> Channels:
+    def _total_flux(
+        self, w: Float[Array, "c *grid"], extra: PyTree, axis: int, t: Real, scheme: Reconstruction
+    ) -> Float[Array, "c *faces"]:
         """The flux of the scheme, of viscosity and of closures at the n + 1 faces along `axis`."""
         d = self.grid.ndim
         with jax.named_scope(f"flux_{AXES[axis]}"):
@@ -365,53 +351,47 @@ class CompressibleFiniteVolume(AbstractSolver):
             if "weights" in extra and scheme.order > 1:
                 weights = self._on_all_faces(extra["weights"][axis], axis, 3)
             left, right = self._face_states(w, axis, scheme, t, weights)
-            terms = [f for f in (extra["flux"][axis] if "flux" in extra else ())]
 
-            def summed(left: Channels, right: Channels, w: Channels, terms: list[Array]) -> Channels:
-                flux = RIEMANN_SOLVERS[self.riemann](self.equation, left, right, axis, d)
+            def summed(left: Array, right: Array, w: Array, given: list[Array]) -> Array:
+                flux = RIEMANN_SOLVERS[self.riemann](self.equation, channels_of(left), channels_of(right), axis, d)
                 if not self.equation.ideal:
                     flux = [f + g for f, g in zip(flux, self._viscous(w, axis, t), strict=True)]
-                if terms:
-                    flux = [f + self._on_all_faces(g, axis) for f, g in zip(flux, terms, strict=True)]
-                return flux
+                total = jnp.stack(flux)
+                return total + self._on_all_faces(given[0], axis, 1) if given else total
 
-            return stored(t, summed, left, right, w, terms)
+            return stored(t, summed, left, right, w, [extra["flux"][axis]] if "flux" in extra else [])
 
-    def _on_all_faces(self, q: Array, axis: int, lead: int = 0) -> Array:
+    def _on_all_faces(self, q: Array, axis: int, lead: int) -> Array:
         """What a closure gives at the right faces, at all n + 1 faces: nothing passes sides that are not periodic."""
-        n, axis = self.grid.shape[axis], axis + lead
-        if self.grid.periodic[axis - lead]:
-            return jnp.concatenate([part(q, n - 1, n, axis), q], axis)
-        zero = jnp.zeros_like(part(q, 0, 1, axis))
-        return jnp.concatenate([zero, part(q, 0, n - 1, axis), zero], axis)
-
-    def _updated(self, q: Sequence[Array], flux: Channels, axis: int, dt: Real) -> Channels:
-        """q − Δt (F_{i+½} − F_{i−½})/Δx_axis."""
-        n, h = self.grid.shape[axis], self.grid.spacing[axis]
-        return [c - (dt / h) * (part(f, 1, n + 1, axis) - part(f, 0, n, axis)) for c, f in zip(q, flux, strict=True)]
-
-    def _passing(self, flux: Channels, axis: int, dt: Real) -> Float[Array, " c"]:
-        """What the sides of `axis` add to the box means, if it is not periodic."""
-        n, length = self.grid.shape[axis], self.grid.lengths[axis]
+        n, along = self.grid.shape[axis], axis + lead
         if self.grid.periodic[axis]:
-            return jnp.zeros((len(flux),), flux[0].dtype)
-        return (dt / length) * jnp.stack([_mean(part(f, 0, 1, axis)) - _mean(part(f, n, n + 1, axis)) for f in flux])
+            return jnp.concatenate([part(q, n - 1, n, along), q], along)
+        zero = jnp.zeros_like(part(q, 0, 1, along))
+        return jnp.concatenate([zero, part(q, 0, n - 1, along), zero], along)
+
+    def _passing(self, flux: Float[Array, "c *faces"], axis: int, dt: Real) -> Float[Array, " c"]:
+        """What the sides of `axis` add to the box means, if it is not periodic."""
+        if self.grid.periodic[axis]:
+            return jnp.zeros((flux.shape[0],), flux.dtype)
+        n, over = self.grid.shape[axis], tuple(range(1, flux.ndim))
+        net = part(flux, 0, 1, axis + 1).mean(over) - part(flux, n, n + 1, axis + 1).mean(over)
+        return (dt / self.grid.lengths[axis]) * net
 
     # -- positivity -------------------------------------------------------------------------------------------------------------
 
-    def _speed(self, w: Channels, axis: int, t: Real) -> tuple[Channels, Channels, Array]:
+    def _neighbours(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> tuple[Channels, Channels, Array]:
         """The cells on both sides of each face along `axis`, and α/Δx there."""
         n, h = self.grid.shape[axis], self.grid.spacing[axis]
         around = self._extended(w, axis, 1, t)
-        left, right = ([part(q, k, k + n + 1, axis) for q in around] for k in (0, 1))
+        left, right = (channels_of(part(around, k, k + n + 1, axis + 1)) for k in (0, 1))
         return left, right, largest_speed(self.equation, left, right, axis, self.grid.ndim) / h
 
-    def _cell_speed(self, w: Channels, axis: int, t: Real) -> Array:
+    def _cell_speed(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> Float[Array, "*grid"]:
         """The larger α/Δx of the two faces of each cell along `axis`."""
-        n, speed = self.grid.shape[axis], self._speed(w, axis, t)[2]
+        n, speed = self.grid.shape[axis], self._neighbours(w, axis, t)[2]
         return jnp.maximum(part(speed, 0, n, axis), part(speed, 1, n + 1, axis))
 
-    def _cell_speeds(self, w: Channels, t: Real) -> Array:
+    def _cell_speeds(self, w: Float[Array, "c *grid"], t: Real) -> Float[Array, "*grid"]:
         """Σ_a α_a/Δx_a of each cell."""
         total = self._cell_speed(w, 0, t)
         for axis in range(1, self.grid.ndim):
@@ -420,24 +400,22 @@ class CompressibleFiniteVolume(AbstractSolver):
 
     def limiter_dt(self, u: Float[Array, "c *grid"], t: Real | float = 0.0) -> Real:
         """½ / max Σ_a α_a/Δx_a: the largest Δt for which the limiter keeps ρ and p positive."""
-        return 0.5 / jnp.max(self._cell_speeds(self._primitive(tuple(u)), jnp.asarray(t, u.dtype)))
+        return 0.5 / jnp.max(self._cell_speeds(self._primitive(u), jnp.asarray(t, u.dtype)))
 
-    def _share(self, w: Channels, total: Array, high: Channels, axis: int, t: Real, dt: Real) -> Array:
+    def _share(self, w: Float[Array, "c *grid"], total: Array, high: Array, axis: int, t: Real, dt: Real) -> Array:
         """θ at the n + 1 faces along `axis`, for cells of primitive variables `w` with `total` = Σ α/Δx."""
         d, n = self.grid.ndim, self.grid.shape[axis]
-        left, right, _ = self._speed(w, axis, t)
-        low = llf(self.equation, left, right, axis, d)
+        left, right, _ = self._neighbours(w, axis, t)
+        low = jnp.stack(llf(self.equation, left, right, axis, d))
         # Each cell is a mean of states, one per face, with weights in proportion to the speeds along the axes.
         factor = 2 * dt * total / (self._cell_speed(w, axis, t) * self.grid.spacing[axis])
         first, last = part(factor, 0, 1, axis), part(factor, n - 1, n, axis)
         scale = jnp.concatenate([last, factor, first] if self.grid.periodic[axis] else [first, factor, last], axis)
         theta = jnp.ones_like(low[0])
         for side, (sign, inner) in enumerate(((-1.0, left), (1.0, right))):
-            cells = self.equation.conserved_channels(inner, d)
-            step = sign * part(scale, side, side + n + 1, axis)
-            safe = [q + step * f for q, f in zip(cells, low, strict=True)]
-            full = [q + step * f for q, f in zip(cells, high, strict=True)]
-            found = self._largest_share(safe, full)
+            cells = jnp.stack(self.equation.conserved_channels(inner, d))
+            step = sign * part(scale, side, side + n + 1, axis)[None]
+            found = self._largest_share(cells + step * low, cells + step * high)
             if not self.grid.periodic[axis]:
                 # Ghost cells need not stay positive.
                 at = jax.lax.broadcasted_iota(jnp.int32, found.shape, axis)
@@ -445,26 +423,25 @@ class CompressibleFiniteVolume(AbstractSolver):
             theta = jnp.minimum(theta, found)
         return theta
 
-    def _limited(self, theta: Array, w: Channels, high: Channels, axis: int, t: Real) -> Channels:
-        """(1 − θ) F_LLF + θ F."""
-        left, right, _ = self._speed(w, axis, t)
-        low = llf(self.equation, left, right, axis, self.grid.ndim)
-        return [a + theta * (b - a) for a, b in zip(low, high, strict=True)]
-
-    def _largest_share(self, safe: Channels, full: Channels) -> Array:
+    def _largest_share(self, safe: Float[Array, "c *faces"], full: Float[Array, "c *faces"]) -> Float[Array, "*faces"]:
         """The largest θ for which safe + θ (full − safe) keeps ρ and p above `KEPT_SHARE` of those of `safe`."""
-        share = jnp.asarray(KEPT_SHARE, safe[0].dtype)
+        share = jnp.asarray(KEPT_SHARE, safe.dtype)
         least = share * safe[0]
         falls = full[0] < least
         theta = jnp.where(falls, (safe[0] - least) / jnp.where(falls, safe[0] - full[0], 1), 1)
-        state = [a + theta * (b - a) for a, b in zip(safe, full, strict=True)]
-        p_safe, p = self._pressure(safe), self._pressure(state)
+        p_safe, p = self._pressure(safe), self._pressure(safe + theta[None] * (full - safe))
         least = share * p_safe
         falls = p < least
         # The pressure is concave along the segment, so the chord is a lower bound.
         second = jnp.where(falls, (p_safe - least) / jnp.where(falls, p_safe - p, 1), 1)
         possible = (safe[0] > 0) & (p_safe > 0)
         return jnp.where(possible, jnp.clip(theta * second, 0, 1), 0)
+
+    def _limited(self, theta: Array, w: Array, high: Array, axis: int, t: Real) -> Float[Array, "c *faces"]:
+        """(1 − θ) F_LLF + θ F."""
+        left, right, _ = self._neighbours(w, axis, t)
+        low = jnp.stack(llf(self.equation, left, right, axis, self.grid.ndim))
+        return low + theta[None] * (high - low)
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -473,64 +450,76 @@ class CompressibleFiniteVolume(AbstractSolver):
 
     def explicit(self, z, t, tendency):
         """dz/dt without the positivity limiter; `euler` is what steppers use."""
-        dtype = z["u"][0].dtype
-        still = [jnp.zeros_like(q) for q in z["u"]]
+        u = z["u"]
         extra = tendency(z, t) or {}
-        rate, passing, _ = self._swept(still, z["u"], extra, jnp.asarray(t, dtype), jnp.ones((), dtype), self.reconstruction)
-        injected = jnp.concatenate([passing, jnp.zeros((1,), dtype)])
-        return {"u": tuple(rate), "injected": injected, "events": jnp.zeros_like(z["events"])}
+        one = jnp.ones((), u.dtype)
+        rate, passing, _ = self._swept(jnp.zeros_like(u), u, extra, jnp.asarray(t, u.dtype), one, self.reconstruction)
+        injected = jnp.concatenate([passing, jnp.zeros((1,), u.dtype)])
+        return {"u": rate, "injected": injected, "events": jnp.zeros_like(z["events"])}
 
     def _swept(
-        self, base: Sequence[Array], u: Sequence[Array], extra: PyTree, t: Real, dt: Real, scheme: str, limit: bool = False
-    ) -> tuple[Channels, Float[Array, " c"], Float[Array, "2"]]:
+        self, base: Array, u: Array, extra: PyTree, t: Real, dt: Real, scheme: str, limit: bool = False
+    ) -> tuple[Float[Array, "c *grid"], Float[Array, " c"], Float[Array, "2"]]:
         """(`base` + Δt dŪ/dt(u), what came through the sides, what the limiter did), one axis after another."""
-        new, dtype = list(base), u[0].dtype
-        passing, count = jnp.zeros((len(new),), dtype), jnp.zeros((), dtype)
-        w = stored(t, lambda u: self._primitive(u), tuple(u))
+        new = base
+        passing, count = jnp.zeros((u.shape[0],), u.dtype), jnp.zeros((), u.dtype)
         beyond = jnp.zeros((), bool)
+        w = stored(t, lambda u: self._primitive(u), u)
         if limit:
             # The mean that must stay positive is that of `base`.
-            before = w if base is u else stored(t, lambda u: self._primitive(u), tuple(base))
+            before = w if base is u else stored(t, lambda u: self._primitive(u), base)
             total = stored(t, lambda w: self._cell_speeds(w, t), before)
-            slack = 1 + 16 * float(jnp.finfo(dtype).eps)
-            beyond = dt * jnp.max(total) > jnp.asarray(0.5 * slack, dtype)
-        for axis in range(self.grid.ndim):
-            flux = self._total_flux(w, axis, t, extra, RECONSTRUCTIONS[scheme])
+            slack = 1 + 16 * float(jnp.finfo(u.dtype).eps)
+            beyond = dt * jnp.max(total) > jnp.asarray(0.5 * slack, u.dtype)
+        for axis, (n, h) in enumerate(zip(self.grid.shape, self.grid.spacing, strict=True)):
+            flux = self._total_flux(w, extra, axis, t, RECONSTRUCTIONS[scheme])
             if limit:
                 theta = stored(t, lambda w, total, flux, axis=axis: self._share(w, total, flux, axis, t, dt), before, total, flux)
                 flux = stored(t, lambda theta, w, flux, axis=axis: self._limited(theta, w, flux, axis, t), theta, before, flux)
-                count = count + jnp.sum(part(theta, 1, self.grid.shape[axis] + 1, axis) < 1).astype(dtype)
+                count = count + jnp.sum(part(theta, 1, n + 1, axis) < 1).astype(u.dtype)
             passing = passing + self._passing(flux, axis, dt)
-            new = stored(t, lambda q, flux, axis=axis: self._updated(q, flux, axis, dt), new, flux)
+
+            def updated(q: Array, flux: Array, axis: int = axis, n: int = n, h: float = h) -> Array:
+                return q - (dt / h) * (part(flux, 1, n + 1, axis + 1) - part(flux, 0, n, axis + 1))
+
+            new = stored(t, updated, new, flux)
         if "source" in extra:
-            new = [q + dt * s for q, s in zip(new, extra["source"], strict=True)]
-        return new, passing, jnp.stack([count, beyond.astype(dtype)])
+            new = new + dt * extra["source"]
+        return new, passing, jnp.stack([count, beyond.astype(u.dtype)])
 
     def euler(self, z, t, dt, tendency, at=None, rough=False):
-        base, time = z["u"], jnp.asarray(t, z["u"][0].dtype)
+        base = z["u"]
+        time = jnp.asarray(t, base.dtype)
         from_ = z if at is None else at
         extra = tendency(from_, t) or {}
         scheme = "constant" if rough else self.reconstruction
         new, passing, _ = self._swept(base, from_["u"], extra, time, dt, scheme)
-        nothing = jnp.zeros((len(EVENTS),), base[0].dtype)
+        nothing = jnp.zeros((len(EVENTS),), base.dtype)
 
-        def again() -> tuple[tuple[Array, ...], Array, Array]:
-            if not self.positivity:
-                return tuple(new), passing, nothing.at[:3].set(self._floors(new))
-            safe, through, limited = self._swept(base, from_["u"], extra, time, dt, scheme, limit=True)
-            return tuple(safe), through, jnp.concatenate([self._floors(safe), limited])
+        def again(base: Array, u: Array, extra: PyTree) -> tuple[Array, Array, Array]:
+            safe, through, limited = self._swept(base, base if at is None else u, extra, time, dt, scheme, limit=True)
+            return safe, through, jnp.concatenate([self._floors(safe), limited])
 
-        share = jnp.asarray(SUSPICIOUS_SHARE if self.positivity else 0, base[0].dtype)
-        p_old, p_new = self._pressure(base), self._pressure(new)
-        worst = jnp.minimum(jnp.min(new[0] - share * base[0]), jnp.min(p_new - share * p_old))
-        new, passing, events = jax.lax.cond(worst > 0, lambda: (tuple(new), passing, nothing), jax.checkpoint(again))
-        injected = z["injected"] + jnp.concatenate([passing, jnp.zeros((1,), passing.dtype)])
-        return {**from_, "u": new, "injected": injected, "events": from_["events"] + events}
+        def counted(new: Array, passing: Array) -> tuple[Array, Array, Array]:
+            return new, passing, nothing.at[:3].set(self._floors(new))
+
+        share = jnp.asarray(SUSPICIOUS_SHARE if self.positivity else 0, base.dtype)
+        margin = lambda old, new: jnp.minimum(new[0] - share * old[0], self._pressure(new) - share * self._pressure(old))  # noqa: E731
+        worst = jnp.min(stored(time, margin, jax.lax.stop_gradient(base), jax.lax.stop_gradient(new)))
+        plain = lambda: (new, passing, nothing)  # noqa: E731
+        if self.positivity:
+            done = jax.lax.cond(worst > 0, plain, lambda: jax.checkpoint(again)(base, from_["u"], extra))
+        else:
+            done = jax.lax.cond(worst > 0, plain, lambda: counted(new, passing))
+        injected = z["injected"] + jnp.concatenate([done[1], jnp.zeros((1,), base.dtype)])
+        return {**from_, "u": done[0], "injected": injected, "events": from_["events"] + done[2]}
 
     def enter(self, z, t, dt):
         forcing = self.equation.forcing
         if forcing is not None:
-            z = self._kicked({**z, "memory": forcing.advance(z["memory"], t, dt)}, 0.5 * dt)
+            # Half of the work with the force before the step, half with that after it.
+            z = self._kicked(z, 0.5 * dt)
+            z = {**z, "memory": forcing.advance(z["memory"], t, dt)}
         return z if self.equation.cooling is None else self._cooled(z, 0.5 * dt)
 
     def leave(self, z, t, dt):
@@ -539,29 +528,26 @@ class CompressibleFiniteVolume(AbstractSolver):
 
     def _kicked(self, z: PyTree, dt: Real) -> PyTree:
         """ρv ← ρv + Δt ρa and E ← E + the work done, which leaves the internal energy as it is."""
-        d, u, forcing = self.grid.ndim, list(z["u"]), self.equation.forcing
+        d, u, forcing = self.grid.ndim, z["u"], self.equation.forcing
         assert forcing is not None
-        gained = [jnp.zeros((), u[0].dtype)] * len(u)
-        work = jnp.zeros_like(u[0])
-        for axis, a in enumerate(forcing.acceleration(z["memory"], self.grid, u[0].dtype), start=1):
-            push = dt * u[0] * a
-            work = work + dt * a * (u[axis] + 0.5 * push)
-            u[axis], gained[axis] = u[axis] + push, _mean(push)
-        u[d + 1], gained[d + 1] = u[d + 1] + work, _mean(work)
-        return {**z, "u": tuple(u), "injected": z["injected"].at[:-1].add(jnp.stack(gained))}
+        a = forcing.acceleration(z["memory"], self.grid, u.dtype)
+        push = dt * u[0][None] * a
+        work = jnp.sum(dt * a * (u[1 : d + 1] + 0.5 * push), axis=0)
+        gained = jnp.concatenate([jnp.zeros_like(u[:1]), push, work[None], jnp.zeros_like(u[d + 2 :])])
+        means = gained.mean(axis=tuple(range(1, u.ndim)))
+        return {**z, "u": u + gained, "injected": z["injected"].at[:-1].add(means)}
 
     def _cooled(self, z: PyTree, dt: Real) -> PyTree:
         """E ← E − ρ (T − T')/(γ − 1), T' after Δt of cooling at constant density."""
-        d, u, cooling = self.grid.ndim, list(z["u"]), self.equation.cooling
+        d, u, cooling = self.grid.ndim, z["u"], self.equation.cooling
         assert cooling is not None
         w = self._primitive(u)
-        gamma = jnp.asarray(self.equation.gamma, u[0].dtype)
-        temperature = w[d + 1] / w[0]
-        cooled = cooling.cool(temperature, w[0], dt, gamma)
-        energy = u[d + 1] - w[0] * (temperature - cooled) / (gamma - 1)
-        lost = _mean(u[d + 1] - energy)
-        u[d + 1] = energy
-        return {**z, "u": tuple(u), "injected": z["injected"].at[d + 1].add(-lost).at[-1].add(lost)}
+        gamma = jnp.asarray(self.equation.gamma, u.dtype)
+        energy = u[d + 1] - w[0] * cooling.drop(w[d + 1] / w[0], w[0], dt, gamma) / (gamma - 1)
+        # What has left the state, rounding included.
+        lost = jnp.mean(u[d + 1] - energy)
+        cooled = jnp.concatenate([u[: d + 1], energy[None], u[d + 2 :]])
+        return {**z, "u": cooled, "injected": z["injected"].at[d + 1].add(-lost).at[-1].add(lost)}
 
     def stable_dt(self, u):
         """1 / max Σ_a ((|v_a| + a)/Δx_a + 2 D/Δx_a²): waves and explicit diffusion at Courant number 1.
@@ -569,18 +555,18 @@ class CompressibleFiniteVolume(AbstractSolver):
         a is the sound speed, D the largest of 4μ/(3ρ), γμ/(ρ Pr) and the scalars' κ. The positivity limiter's bound is Courant
         number ½ of the waves alone.
         """
-        d, dtype = self.grid.ndim, u.dtype
-        w = self._primitive(tuple(u))
-        gamma = jnp.asarray(self.equation.gamma, dtype)
+        d = self.grid.ndim
+        w = self._primitive(u)
+        gamma = jnp.asarray(self.equation.gamma, u.dtype)
         sound = jnp.sqrt(gamma * w[d + 1] / w[0])
         rate = jnp.zeros_like(sound)
         for axis, h in enumerate(self.grid.spacing):
             rate = rate + (jnp.abs(w[1 + axis]) + sound) / h
         if not self.equation.ideal:
             kinematic = self.equation.dynamic_viscosity(w[d + 1] / w[0]) / w[0]
-            diffusivity = kinematic * jnp.maximum(4 / 3, gamma / jnp.asarray(self.equation.prandtl, dtype))
+            diffusivity = kinematic * jnp.maximum(4 / 3, gamma / jnp.asarray(self.equation.prandtl, u.dtype))
             for kappa in self.equation.scalars.values():
                 if not is_zero(kappa):
-                    diffusivity = jnp.maximum(diffusivity, jnp.asarray(kappa, dtype))
+                    diffusivity = jnp.maximum(diffusivity, jnp.asarray(kappa, u.dtype))
             rate = rate + 2 * diffusivity * sum(1 / h**2 for h in self.grid.spacing)
-        return 1 / jnp.maximum(jnp.max(rate), jnp.finfo(dtype).tiny)
+        return 1 / jnp.maximum(jnp.max(rate), jnp.finfo(u.dtype).tiny)

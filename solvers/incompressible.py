@@ -368,7 +368,8 @@ class NavierStokes(eqx.Module):
     def __check_init__(self):
         if not isinstance(self.forcing, AbstractForcing | None):
             raise ValueError(
-                f"forcing: {type(self.forcing).__name__} does not fit this equation; it takes kolmogorov, isotropic, linear, linear_drag or uniform"
+                f"forcing: {type(self.forcing).__name__} does not fit this equation; it takes kolmogorov, isotropic, linear, "
+                "linear_drag or uniform"
             )
         if isinstance(self.viscosity, float) and not (np.isfinite(self.viscosity) and self.viscosity >= 0):
             raise ValueError(f"viscosity: must be finite and not negative, found {self.viscosity}")

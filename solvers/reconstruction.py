@@ -7,6 +7,7 @@ inside.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,6 +27,7 @@ def windows(q: Array, halo: int, axis: int) -> list[Array]:
 # --- limited slopes --------------------------------------------------------------------------------------------------------------
 
 
+@jax.custom_jvp
 def van_leer(below: Array, above: Array) -> Array:
     """s = 2ab / (a + b) where ab > 0, else 0 (van Leer 1974, doi:10.1016/0021-9991(74)90019-9)."""
     product, total = below * above, below + above
@@ -33,10 +35,32 @@ def van_leer(below: Array, above: Array) -> Array:
     return jnp.where(alike, 2 * product / jnp.where(alike, total, 1), 0)
 
 
+@van_leer.defjvp
+def _van_leer_jvp(primals, tangents):
+    """ds = 2 (b² da + a² db) / (a + b)²."""
+    (below, above), (d_below, d_above) = primals, tangents
+    alike = below * above > 0
+    per_total = jnp.where(alike, 1, 0) / jnp.where(alike, below + above, 1)
+    a, b = below * per_total, above * per_total
+    return van_leer(below, above), (2 * b * b) * d_below + (2 * a * a) * d_above
+
+
+@jax.custom_jvp
 def monotonised_central(below: Array, above: Array) -> Array:
     """s = sgn(a) min(½|a + b|, 2|a|, 2|b|) where ab > 0, else 0 (van Leer 1977, doi:10.1016/0021-9991(77)90095-X, eq. 66)."""
     magnitude = jnp.minimum(0.5 * jnp.abs(below + above), 2 * jnp.minimum(jnp.abs(below), jnp.abs(above)))
     return jnp.where(below * above > 0, jnp.where(below > 0, magnitude, -magnitude), 0)
+
+
+@monotonised_central.defjvp
+def _monotonised_central_jvp(primals, tangents):
+    """ds = 2 da where 3|a| < |b|, 2 db where 3|b| < |a|, else ½ (da + db)."""
+    (below, above), (d_below, d_above) = primals, tangents
+    a, b = jnp.abs(below), jnp.abs(above)
+    alike = below * above > 0
+    of_below = jnp.where(alike, jnp.where(3 * a < b, 2, jnp.where(3 * b < a, 0, 0.5)), 0).astype(below.dtype)
+    of_above = jnp.where(alike, jnp.where(3 * b < a, 2, jnp.where(3 * a < b, 0, 0.5)), 0).astype(below.dtype)
+    return monotonised_central(below, above), of_below * d_below + of_above * d_above
 
 
 def _linear(limiter: Callable[[Array, Array], Array]) -> Callable[[Array, int], Pair]:
@@ -113,7 +137,8 @@ def _weno5z_side(a: Array, b: Array, c: Array, d: Array, e: Array) -> Array:
     global_smoothness = jnp.abs(smoothness[0] - smoothness[2])
     weights = []
     for ideal, beta in zip((1, 6, 3), smoothness, strict=True):
-        ratio = global_smoothness / (beta + tiny)
+        # A bounded ratio: its square must not overflow in single precision.
+        ratio = global_smoothness / (beta + 1e-8 * global_smoothness + tiny)
         weights.append(ideal * (1 + ratio * ratio))
     total = weights[0] * candidates[0] + weights[1] * candidates[1] + weights[2] * candidates[2]
     return total / (6 * (weights[0] + weights[1] + weights[2]))

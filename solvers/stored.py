@@ -14,8 +14,8 @@ def stored(t: Real, function: Callable[..., Any], *arrays: Any) -> Any:
 
     XLA on CPU has no loops with several results: each consumer of a flux would compute the whole flux again, for both of its
     neighbours. Nothing is fused across a conditional, so the function is put into one that is always taken while the time `t` is
-    finite, which the compiler cannot know. (An optimisation barrier does not do: it is gone before fusion.) Elsewhere this is a plain
-    call.
+    finite, which the compiler cannot know. (An optimisation barrier does not do: it is gone before fusion.) Elsewhere this is a
+    plain call.
     """
     if jax.default_backend() != "cpu":
         return function(*arrays)
@@ -25,4 +25,4 @@ def stored(t: Real, function: Callable[..., Any], *arrays: Any) -> Any:
         filling = lambda s: jnp.nan if jnp.issubdtype(s.dtype, jnp.inexact) else 0  # noqa: E731
         return jax.tree.map(lambda s: jnp.full(s.shape, filling(s), s.dtype), shapes)
 
-    return jax.lax.cond(t < jnp.inf, function, lost, *arrays)
+    return jax.lax.cond(t < jnp.inf, jax.checkpoint(function), lost, *arrays)

@@ -365,8 +365,8 @@ def test_a_solver_is_chosen_by_the_number_of_dimensions(folder: Path):
         ("domain.boundaries=[no_slip]", "domain.boundaries: found 1 entries, but domain.lengths has 2"),
         (
             "domain.boundaries=[periodic, noslip]",
-            "domain.boundaries[1]: needs one of 'periodic', 'no_slip', 'free_slip', 'fixed' or 'outflow' or a list, found "
-            "'noslip'; did you mean 'no_slip'?",
+            "domain.boundaries[1]: needs one of 'periodic', 'no_slip', 'free_slip', 'reflecting', 'fixed' or 'outflow' or a "
+            "list, found 'noslip'; did you mean 'no_slip'?",
         ),
         (
             "domain.boundaries=[periodic, [periodic, no_slip]]",

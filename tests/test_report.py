@@ -10,11 +10,14 @@ import pytest
 import xarray as xr
 import yaml
 
-from hybridsim import diagnostics, report
+from hybridsim import diagnostics, gas, report
 from hybridsim.contract import Variable
 from hybridsim.experiment import _pdf
 from hybridsim.grid import Grid
+from hybridsim.solvers.compressible import CompressibleNavierStokes
+from hybridsim.solvers.cooling import PowerLawCooling
 from hybridsim.solvers.finite_volume import StaggeredFiniteVolume
+from hybridsim.solvers.godunov import CompressibleFiniteVolume
 from hybridsim.solvers.incompressible import NavierStokes
 from hybridsim.solvers.kuramoto_sivashinsky import FiniteVolumeKS, KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.spectral import Spectral2D, Spectral3D
@@ -608,3 +611,216 @@ def test_verdict_on_statistics():
     assert "mean energy and enstrophy: learned" in report.verdict({"runs": runs, "checks": asked}, plane)
     walls = config | {"domain": {"lengths": [1.0, 1.0], "boundaries": ["periodic", ["no_slip", "free_slip"]]}}
     assert "mean energy and enstrophy: learned" in report.verdict({"runs": runs, "checks": []}, walls)
+
+
+# Gases
+
+COOLING = PowerLawCooling(amplitude=1.0, exponent=0.5, reference_temperature=1.0, floor=0.02)
+GASES = {
+    "plane": ((1.0, 1.0), (), (24, 24), ((12, 12), (8, 8)), CompressibleNavierStokes(1.4)),
+    "layer": (
+        (1.0, 0.5, 2.0),
+        ("periodic", "periodic", "outflow"),
+        (8, 6, 16),
+        ((6, 5, 12),),
+        CompressibleNavierStokes(1.5, cooling=COOLING),
+    ),
+    "tube": ((1.0,), ("outflow",), (64,), ((32,),), CompressibleNavierStokes(1.4)),
+}
+ALWAYS = {"error", "correlation", "distribution", "budget", "statistics", "conservation", "cost", "energy", "convergence"}
+GAS_FIGURES = {
+    "plane": ALWAYS | {"density", "temperature", "spectra"},
+    "layer": ALWAYS | {"density", "temperature", "spectra", "phases"},
+    "tube": ALWAYS | {"spacetime"},
+}
+
+
+def gas_waves(solver, seed, samples, times):
+    """Travelling waves in density (of high contrast where gas radiates), velocity and pressure: `(sample, time, c, *grid)`."""
+    rng, grid = np.random.default_rng(seed), solver.grid
+    contrast = 1.5 if solver.equation.cooling is not None else 0.3
+    out = []
+    for _ in range(samples):
+        fields = np.zeros((grid.ndim + 2, times.size, *grid.shape))
+        for field in fields:
+            for _ in range(4):
+                n, phase, turn = rng.integers(1, 3, grid.ndim), rng.uniform(0, TWO_PI), rng.normal()
+                x = sum(TWO_PI * m * q / length for m, q, length in zip(n, grid.mesh(), grid.lengths, strict=True))
+                field += 0.4 * np.cos(x + phase + turn * times.reshape(-1, *(1,) * grid.ndim))
+        rho, p = np.exp(contrast * fields[0]), np.exp(0.2 * fields[-1])
+        v = 0.5 * fields[1:-1]
+        energy = p / (solver.equation.gamma - 1) + 0.5 * rho * (v**2).sum(axis=0)
+        out.append(np.stack([rho, *(rho * v), energy], axis=1))
+    return np.stack(out)
+
+
+def make_gas(path, name, *, samples=2):
+    """A run's folder: per grid a bare run and one with a closure that is nearer to the reference, and one that diverges."""
+    lengths, boundaries, fine_shape, shapes, equation = GASES[name]
+    times = np.linspace(0, 1, 11)
+    reference, runs, settings = path / "reference.nc", {}, {}
+    for i, shape in enumerate(shapes):
+        solver = CompressibleFiniteVolume(Grid(shape, lengths, boundaries), equation)
+        grid, variables, medium = solver.grid, solver.variables, gas.gas_of(solver)
+        assert medium is not None
+        group = f"finite_volume_{'x'.join(map(str, shape))}"
+        truth, other = (gas_waves(solver, seed, samples, times) for seed in (1, 2))
+        known = diagnostics.field_dataset(truth, times, grid, variables)
+        known = gas.with_diagnostics(known, truth, grid, variables, medium, conserved=(), statistics_from=0.5)
+        known = known.assign(pdf=_pdf(gas.log_density(truth, grid), solver))
+        known.to_netcdf(reference, mode="w" if i == 0 else "a", group=group)
+        for label, share in ({f"bare_{i}": 0.3, f"learned_{i}": 0.1} | ({"wild": 0.5} if i == 0 else {})).items():
+            part = share * times.reshape(-1, *(1,) * (grid.ndim + 1))
+            u = (1 - part) * truth + part * other
+            outcome = "finished"
+            if label == "wild":
+                u[:, 6:] = np.nan
+                outcome = "diverged at t = 0.6"
+            zero = np.zeros((samples, times.size))
+            total = np.nan_to_num(u[:, :, -1].reshape(samples, times.size, -1).mean(axis=-1))
+            added = total - total[:, :1] + 1e-8 * times
+            ledger = {"energy_added": added, "radiated": np.abs(added), "floor_events": zero + 3 * i * times}
+            bins = known["temperature"].values if "temperature" in known else None
+            attrs = {"label": label, "reference_group": group, "outcome": outcome}
+            ds = diagnostics.field_dataset(u.astype(np.float32), times, grid, variables, attrs)
+            ds = gas.with_diagnostics(
+                ds, u, grid, variables, medium, reference=truth, modes=3, statistics_from=0.5, ledger=ledger, bins=bins
+            )
+            ds["error"].attrs["at"] = 0.8
+            ds.assign(pdf=_pdf(gas.log_density(u, grid), solver, known["pdf"])).to_netcdf(path / f"{label}.nc")
+            good = label != "wild"
+            errors = {f: float(ds["error"].sel(field=f, time=0.8).mean()) for f in gas.FIELDS}
+            row = {"mean": 1.1, "standard_error": 0.02, "reference": 1.0, "reference_standard_error": 0.02, "difference": 0.1}
+            names = [s for s in report.STATISTICS if s in ds and s != "energy"]
+            found = diagnostics.t_correlated(times, ds["correlation"].values, 0.95)
+            error = max(errors[f] for f in gas.JUDGED) if good else None
+            runs[label] = {
+                "outcome": outcome,
+                "accuracy": {"metric": "error", "value": error, "at": 0.8},
+                "error": error,
+                "error_at": 0.8,
+                "error_interval": [error, error],
+                **{f"{f}_error": e if good else None for f, e in errors.items()},
+                "temperature_error": share if good and medium.rate is not None else None,
+                "t95": found.time,
+                "t95_at_least": found.at_least,
+                "spectrum_error": share if good and "spectrum" in ds else None,
+                "statistics": dict.fromkeys(names, row if good else dict.fromkeys(row)),
+                "statistics_error": 0.1 if good else None,
+                "drift": {str(v): 1e-7 for v in ds["variable"].values},
+                "floors": {"events": 3 * i, "mass": 0.0, "energy": 0.0},
+                "not_defined": {"divergence_max": "of a reason"}
+                | ({} if medium.rate is not None else {"temperature_error": "nothing radiates"})
+                | ({} if "spectrum" in ds else {"spectrum_error": "of a reason"}),
+                "seconds_per_unit_time": 0.01 * (1 + i) * (2 if label.startswith("learned") else 1),
+                "dt": 0.1,
+            }
+            closures = [{"use": "learned_flux", "weights": "mine"}] if label.startswith("learned") else []
+            settings[label] = {"solver": "finite_volume", "shape": list(shape), "corrections": closures}
+    solver = CompressibleFiniteVolume(Grid(fine_shape, lengths, boundaries), equation)
+    fine = diagnostics.field_dataset(gas_waves(solver, 1, 1, times[::5]), times[::5], solver.grid, solver.variables)
+    fine.assign_attrs(gamma=equation.gamma).to_netcdf(reference, mode="a", group="fine")
+    change = np.stack([np.outer(np.ones(samples), 0.01 * times * k) for k in (2, 7, 1)])
+    half = xr.Dataset(
+        {"error": (("field", "sample", "time"), change), "correlation": (("sample", "time"), 1 - 0.1 * change[0])},
+        {"time": times, "field": list(gas.FIELDS)},
+    )
+    half.assign_attrs(converged_until=0.7).to_netcdf(reference, mode="a", group="convergence")
+    config = {
+        "equation": {"use": "compressible", "gamma": equation.gamma}
+        | ({"cooling": {"use": "power_law"}} if name == "layer" else {}),
+        "domain": {"lengths": list(lengths), "boundaries": list(boundaries)},
+        "time": {"end": 1.0},
+        "runs": settings,
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    stated = {
+        "converged_until": 0.7,
+        "shape": list(fine_shape),
+        "seconds_per_unit_time": 0.1,
+        "change": dict(zip(gas.FIELDS, (0.016, 0.056, 0.008), strict=True)),
+    }
+    summary = {"name": name, "runs": runs, "checks": [], "reference": stated}
+    (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", params=GASES)
+def gas_folder(request, tmp_path_factory):
+    path = make_gas(tmp_path_factory.mktemp(request.param), request.param)
+    report.write_report(path)
+    return request.param, path
+
+
+def test_a_gas_has_its_figures(gas_folder):
+    from matplotlib.image import imread
+
+    name, path = gas_folder
+    files = list((path / "figures").glob("*.png"))
+    assert {f.stem for f in files} == GAS_FIGURES[name]
+    for file in files:
+        picture = imread(file)[..., :3]
+        assert 600 < picture.shape[1] < 2400, file.name
+        assert (picture.min(axis=-1) < 0.8).mean() > 0.004, file.name
+        edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        assert (edge > 0.99).all(), file.name
+
+
+def test_words_stay_apart_on_the_page_of_a_gas(gas_folder):
+    assert_words_stay_apart(report.read_folder(gas_folder[1]))
+
+
+def test_the_page_of_a_gas_tells_the_truth(gas_folder):
+    name, path = gas_folder
+    text = " ".join(Page((path / "report.html").read_text(encoding="utf-8")).text).replace("\u00a0", " ")
+    says = {
+        "plane": ("share of the compressive part", "γ 1.4", "Floor events", "Floors stood in", "Density of the first start"),
+        "layer": (
+            "normal to y",
+            "outflow across z",
+            "Along x, y, the mean over the other axes",
+            "per temperature",
+            "power law cooling",
+        ),
+        "tube": ("Density of the first start in space and time", "outflow across x", "Energy budget"),
+    }
+    says_not = {
+        "plane": ("vorticity", "Vorticity", "radiates", "per temperature", "outflow", "divergence"),
+        "layer": ("compressive part", "vorticity", "divergence [U"),
+        "tube": ("spectra", "Spectrum error", "u of the first", "black line", "vorticity"),
+    }
+    for part in (*says[name], "at t = 0.8", "diverged at t = 0.6", "ρ and √ρ v stay within 5 % to t = 0.7", "5.6 %"):
+        assert part in text, part
+    for part in says_not[name]:
+        assert part not in text.partition("Resolved configuration")[0], part
+
+
+def test_verdict_on_a_gas(gas_folder):
+    name, path = gas_folder
+    found = report.read_folder(path)
+    text = report.verdict(found.summary, found.config)
+    runs = found.summary["runs"]
+    ratio = runs["bare_0"]["error"] / runs["learned_0"]["error"]
+    wanted = rf"he error of ρ and √ρ v at t = 0.8 is .* % with learned_0, .* % with bare_0, {ratio:.2g} times as much\."
+    assert re.search(wanted, text), text
+    assert "The reference itself is not converged then: half its resolution changes it by 5.6 %." in text
+    assert ("mass per temperature is 10 % with learned_0, 30 % with bare_0" in text) == (name == "layer")
+    worse = json.loads(json.dumps(found.summary))
+    worse["runs"]["learned_0"]["error"] = 1.2
+    assert "1.2e+02" not in report.verdict(worse, found.config)
+    assert ": no gain." in report.verdict(worse, found.config)
+
+
+def test_columns_of_a_gas(gas_folder):
+    name, path = gas_folder
+    found = report.read_folder(path)
+    columns = report._columns(found)
+    assert ("temperature_error" in columns) == (name == "layer")
+    assert ("spectrum_error" in columns) == (name != "tube")
+    # a column of zeros says nothing
+    assert ("floors" in columns) == (name == "plane")
+    assert {"error", "t95", "drift"} <= set(columns)
+    assert not {"t80", "divergence_max"} & set(columns)
+    rows = {row["label"]: row["cells"][columns.index("error")] for row in report._rows(found)}
+    best = min((r for r in rows if r != "wild"), key=lambda r: found.summary["runs"][r]["error"])
+    assert [label for label, cell in rows.items() if cell["best"]] == [best]
