@@ -276,7 +276,8 @@ class CompressibleFiniteVolume(AbstractSolver):
             gamma = jnp.asarray(self.equation.gamma, w.dtype)
             sides = stored(t, lambda q: self._by_characteristics(q, scheme, gamma, axis), around)
         else:
-            sides = stored(t, lambda q: scheme.faces(q, axis + 1), around)
+            edges = None if scheme.edges is None else stored(t, lambda q: scheme.edges(q, axis + 1), around)
+            sides = stored(t, lambda q, e: scheme.faces(q, e, axis + 1), around, edges)
         if weights is None and scheme.order <= 2 and self.reconstruct == "primitive":
             return sides
         if weights is not None:
@@ -295,7 +296,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         return out[0], out[1]
 
     def _by_characteristics(self, around: Array, scheme: Reconstruction, gamma: Array, axis: int) -> tuple[Array, Array]:
-        left, right = characteristic(channels_of(around), scheme.faces, scheme.halo, gamma, axis, self.grid.ndim)
+        left, right = characteristic(channels_of(around), scheme, gamma, axis, self.grid.ndim)
         return jnp.stack(left), jnp.stack(right)
 
     def _viscous(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> Channels:
@@ -402,7 +403,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         """½ / max Σ_a α_a/Δx_a: the largest Δt for which the limiter keeps ρ and p positive."""
         return 0.5 / jnp.max(self._cell_speeds(self._primitive(u), jnp.asarray(t, u.dtype)))
 
-    def _share(self, w: Float[Array, "c *grid"], total: Array, high: Array, axis: int, t: Real, dt: Real) -> Array:
+    def _share(self, w: Float[Array, "c *grid"], total: Array, high: Array, axis: int, t: Real, dt: Real) -> Float[Array, "*faces"]:
         """θ at the n + 1 faces along `axis`, for cells of primitive variables `w` with `total` = Σ α/Δx."""
         d, n = self.grid.ndim, self.grid.shape[axis]
         left, right, _ = self._neighbours(w, axis, t)
@@ -419,7 +420,7 @@ class CompressibleFiniteVolume(AbstractSolver):
             if not self.grid.periodic[axis]:
                 # Ghost cells need not stay positive.
                 at = jax.lax.broadcasted_iota(jnp.int32, found.shape, axis)
-                found = jnp.where(at == (0 if side == 0 else n), 1, found)
+                found = jnp.where(at == side * n, 1, found)
             theta = jnp.minimum(theta, found)
         return theta
 

@@ -63,8 +63,8 @@ def _monotonised_central_jvp(primals, tangents):
     return monotonised_central(below, above), of_below * d_below + of_above * d_above
 
 
-def _linear(limiter: Callable[[Array, Array], Array]) -> Callable[[Array, int], Pair]:
-    def reconstruct(q: Array, axis: int) -> Pair:
+def _linear(limiter: Callable[[Array, Array], Array]) -> Callable[[Array, Array | None, int], Pair]:
+    def reconstruct(q: Array, edge: Array | None, axis: int) -> Pair:
         n = q.shape[axis]
         jump = part(q, 1, n, axis) - part(q, 0, n - 1, axis)
         half = 0.5 * limiter(part(jump, 0, n - 2, axis), part(jump, 1, n - 1, axis))
@@ -79,38 +79,41 @@ def _linear(limiter: Callable[[Array, Array], Array]) -> Callable[[Array, int], 
 # --- parabolas -------------------------------------------------------------------------------------------------------------------
 
 
-def _parabolic(q: Array, axis: int) -> Pair:
-    """Limited parabolas; smooth extrema are kept."""
-    n = q.shape[axis]
-
-    def at(k: int, count: int, of: Array = q) -> Array:
-        return part(of, k, k + count, axis)
-
-    # Fourth-order values at the faces between cells k + 1 and k + 2, bounded by limited second differences where they overshoot.
-    faces = n - 3
-    q0, q1, q2, q3 = (at(k, faces) for k in range(4))
+def _parabolic_edges(q: Array, axis: int) -> Array:
+    """Fourth-order values at faces, bounded by limited second differences where they overshoot."""
+    faces = q.shape[axis] - 3
+    q0, q1, q2, q3 = (part(q, k, k + faces, axis) for k in range(4))
     edge = (7 * (q1 + q2) - (q0 + q3)) / 12
-    d_face, d_left, d_right = 3 * (q1 - 2 * edge + q2), q0 - 2 * q1 + q2, q1 - 2 * q2 + q3
-    bounded = 0.5 * (q1 + q2) - _curvature(d_face, d_left, d_right) / 6
-    edge = jnp.where((edge - q1) * (q2 - edge) < 0, bounded, edge)
-    # Cells 2 … n − 3 have both of their edges and two neighbours on each side.
-    cells = n - 4
-    below, above = at(0, cells, edge), at(1, cells, edge)
-    ll, left, own, right, rr = (at(k, cells) for k in range(5))
+    curvature = _curvature(3 * (q1 - 2 * edge + q2), q0 - 2 * q1 + q2, q1 - 2 * q2 + q3)
+    return jnp.where((edge - q1) * (q2 - edge) < 0, 0.5 * (q1 + q2) - curvature / 6, edge)
+
+
+def _parabolic_bounds(q: Array, edge: Array, axis: int) -> Array:
+    """(low, high): the values at both ends of the limited parabola of each cell that has two neighbours on each side, less its
+    mean; stacked in front."""
+    cells = q.shape[axis] - 4
+    below, above = part(edge, 0, cells, axis), part(edge, 1, cells + 1, axis)
+    ll, left, own, right, rr = (part(q, k, k + cells, axis) for k in range(5))
     minus, plus = own - below, above - own
     d_own = 6 * (below - 2 * own + above)
-    d2_left, d2_own, d2_right = ll - 2 * left + own, left - 2 * own + right, own - 2 * right + rr
     extremum = (minus * plus <= 0) | ((own - ll) * (rr - own) <= 0)
-    curvature = _curvature(d_own, d2_left, d2_own, d2_right)
+    curvature = _curvature(d_own, ll - 2 * left + own, left - 2 * own + right, own - 2 * right + rr)
     tiny = jnp.finfo(q.dtype).eps * jnp.maximum(jnp.abs(ll), jnp.maximum(jnp.abs(own), jnp.abs(rr)))
     flat = jnp.abs(d_own) <= tiny
     keep = jnp.where(flat, 0, curvature / jnp.where(flat, 1, d_own))
     # Where the parabola would have its extremum inside the cell, the nearer edge decides.
     steep_minus = jnp.where(jnp.abs(minus) > 2 * jnp.abs(plus), 2 * plus, minus)
     steep_plus = jnp.where(jnp.abs(plus) > 2 * jnp.abs(minus), 2 * minus, plus)
-    low = own - jnp.where(extremum, keep * minus, steep_minus)
-    high = own + jnp.where(extremum, keep * plus, steep_plus)
-    return part(high, 0, cells - 1, axis), part(low, 1, cells, axis)
+    return jnp.stack([-jnp.where(extremum, keep * minus, steep_minus), jnp.where(extremum, keep * plus, steep_plus)])
+
+
+def _parabolic(q: Array, edge: Array | None, axis: int) -> Pair:
+    """Limited parabolas; smooth extrema are kept."""
+    edge = _parabolic_edges(q, axis) if edge is None else edge
+    low, high = _parabolic_bounds(q, edge, axis)
+    cells = q.shape[axis] - 4
+    own = part(q, 2, cells + 2, axis)
+    return part(own + high, 0, cells - 1, axis), part(own + low, 1, cells, axis)
 
 
 def _curvature(first: Array, *others: Array, excess: float = 1.25) -> Array:
@@ -144,29 +147,31 @@ def _weno5z_side(a: Array, b: Array, c: Array, d: Array, e: Array) -> Array:
     return total / (6 * (weights[0] + weights[1] + weights[2]))
 
 
-def _weno5z(q: Array, axis: int) -> Pair:
+def _weno5z(q: Array, edge: Array | None, axis: int) -> Pair:
     a, b, c, d, e, f = windows(q, 3, axis)
     return _weno5z_side(a, b, c, d, e), _weno5z_side(f, e, d, c, b)
 
 
-def _constant(q: Array, axis: int) -> Pair:
+def _constant(q: Array, edge: Array | None, axis: int) -> Pair:
     faces = q.shape[axis] - 1
     return part(q, 0, faces, axis), part(q, 1, faces + 1, axis)
 
 
 class Reconstruction(NamedTuple):
-    """One scheme: G cells of halo, the order that free weights must keep, and (q with halo, axis) -> values at the faces."""
+    """One scheme: G cells of halo, the order that free weights must keep, (q with halo, edges, axis) -> values at the faces, and
+    what is worth storing on the way: (q with halo, axis) -> edges (None: nothing; then `faces` takes None)."""
 
     halo: int
     order: int
-    faces: Callable[[Float[Array, "..."], int], Pair]
+    faces: Callable[[Float[Array, "..."], Float[Array, "..."] | None, int], Pair]
+    edges: Callable[[Float[Array, "..."], int], Float[Array, "..."]] | None = None
 
 
 RECONSTRUCTIONS: dict[str, Reconstruction] = {
     "constant": Reconstruction(1, 1, _constant),
     "plm_mc": Reconstruction(2, 2, _linear(monotonised_central)),
     "plm_van_leer": Reconstruction(2, 2, _linear(van_leer)),
-    "ppm": Reconstruction(3, 3, _parabolic),
+    "ppm": Reconstruction(3, 3, _parabolic, _parabolic_edges),
     "weno5z": Reconstruction(3, 5, _weno5z),
 }
 """`reconstruction` of the solver.
@@ -189,12 +194,13 @@ def null_space(name: str) -> np.ndarray:
 
 
 def characteristic(
-    channels: Sequence[Array], faces: Callable[[Array, int], Pair], halo: int, gamma: Array, axis: int, d: int
+    channels: Sequence[Array], scheme: Reconstruction, gamma: Array, axis: int, d: int
 ) -> tuple[list[Array], list[Array]]:
     """Reconstruction in the amplitudes p ∓ ρ̄āv, ρ − p/ā² and those that travel with the gas, with the mean state of the two cells.
 
     Each face has its own combinations, so its 2G cells are stacked along `axis` behind one another.
     """
+    halo = scheme.halo
     around = [windows(q, halo, axis) for q in channels]
     middle = halo - 1, halo
     rho = 0.5 * (around[0][middle[0]] + around[0][middle[1]])
@@ -204,7 +210,7 @@ def characteristic(
 
     def at_faces(values: list[Array]) -> Pair:
         """One face per slice of a new last axis: the scheme along it has exactly one face inside."""
-        left, right = faces(jnp.stack(values), 0)
+        left, right = scheme.faces(jnp.stack(values), None, 0)
         return left[0], right[0]
 
     densities, velocities, pressures = around[0], around[1 + axis], around[d + 1]

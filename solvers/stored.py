@@ -16,6 +16,8 @@ def stored(t: Real, function: Callable[..., Any], *arrays: Any) -> Any:
     neighbours. Nothing is fused across a conditional, so the function is put into one that is always taken while the time `t` is
     finite, which the compiler cannot know. (An optimisation barrier does not do: it is gone before fusion.) Elsewhere this is a
     plain call.
+
+    In the backward pass the function is evaluated again from its arguments, of which alone a copy is kept.
     """
     if jax.default_backend() != "cpu":
         return function(*arrays)
