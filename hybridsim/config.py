@@ -397,7 +397,8 @@ def load_class(target: str) -> type:
 
 
 def catalogue(kind: str) -> dict[str, str]:
-    """The literal table of one kind: `steppers`, `equations`, `forcings`, `boundary_velocities`, `initial` or `closures`."""
+    """The literal table of one kind: `steppers`, `equations`, `forcings`, `cooling`, `boundary_states`, `boundary_velocities`,
+    `initial` or `closures`."""
     if kind == "closures":
         return importlib.import_module("hybridsim.corrections").CLOSURES
     return getattr(importlib.import_module("hybridsim.solvers"), kind.upper())

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 SOURCES = Path(__file__).resolve().parent.parent
-KINDS = ("equations", "solvers", "steppers", "forcings", "boundary_velocities", "initial", "closures", "weights", "experiments")
+KINDS = (
+    *("equations", "solvers", "steppers", "forcings", "cooling", "boundary_states", "boundary_velocities", "initial", "closures"),
+    *("weights", "experiments"),
+)
 
 
 def formula(cls: Any) -> str:
@@ -99,6 +102,9 @@ def _fields(thing: Any) -> str:
             out.append(f"{name} = {_number(value)}")
         elif isinstance(value, bool | int | str | tuple):
             out.append(f"{name} = {value}")
+        elif isinstance(value, dict):
+            numbers = [f"{key} {_number(q)}" for key, q in value.items() if isinstance(q, float)]
+            out += [f"{name} = {{{', '.join(numbers)}}}"] if numbers else []
     return ", ".join(out)
 
 
@@ -205,6 +211,13 @@ def _run_tree(tree: "Tree", experiment: Experiment, label: str, lines: dict[KeyP
     node.add(cost)
 
 
+def _domain(grid: Any) -> str:
+    """The box and what bounds it."""
+    sides = [low if low == high else f"{low} and {high}" for low, high in grid.boundaries]
+    ends = [f"{axis} {kind}" for axis, kind in zip("xyz", sides, strict=False)] if len(set(sides)) > 1 else sides[:1]
+    return "domain  " + " × ".join(_number(x) for x in grid.lengths) + ", " + ", ".join(ends)
+
+
 def experiment_tree(experiment: Experiment, timing: bool = True) -> "Tree":
     """The whole experiment as a `rich` tree."""
     from rich.markup import escape
@@ -216,9 +229,12 @@ def experiment_tree(experiment: Experiment, timing: bool = True) -> "Tree":
     spec = experiment.spec
     tree = Tree(f"[bold]{experiment.name}[/]  {escape(experiment.title)}  [dim]{escape(str(experiment.path))}[/]")
     node = _add(tree, "equation", equation)
-    if getattr(equation, "forcing", None) is not None:
-        _add(node, "forcing", equation.forcing)
-    tree.add("domain  " + " × ".join(_number(x) for x in spec.domain.lengths) + ", periodic")
+    for name in _arguments(type(equation)):
+        value = getattr(equation, name, None)
+        for title, part in value.items() if isinstance(value, dict) else ((name, value),):
+            if isinstance(part, eqx.Module):
+                _add(node, title if title == name else f"{name}.{title}", part)
+    tree.add(_domain(experiment.grid(spec.reference.shape)))
     _add(tree, "initial", initial)
     tree.add(
         f"{spec.samples.count} samples to t = {_number(spec.time.end)}, {spec.time.frames} frames, statistics from t = "

@@ -208,43 +208,46 @@ class CompressibleFiniteVolume(AbstractSolver):
         energy = jnp.maximum(high - p, 0) / (jax.lax.stop_gradient(jnp.asarray(self.equation.gamma, u.dtype)) - 1)
         return jnp.stack([jnp.sum((u[0] < low) | (p < high)).astype(u.dtype), jnp.mean(mass), jnp.mean(energy)])
 
-    def _beyond(self, w: Float[Array, "c *grid"], axis: int, side: int, halo: int, t: Real) -> Float[Array, "c *ghosts"]:
-        """`halo` layers of primitive variables beyond one side, in the order of the axis."""
+    def _beyond(self, u: Float[Array, "c *grid"], axis: int, side: int, halo: int, t: Real) -> Float[Array, "c *ghosts"]:
+        """`halo` layers of conserved variables beyond one side, in the order of the axis."""
         n, kind, d = self.grid.shape[axis], self.grid.boundaries[axis][side], self.grid.ndim
         if kind == "fixed":
             h = self.grid.spacing[axis]
             along = (np.arange(-halo, 0) + 0.5) * h if side == 0 else self.grid.lengths[axis] + (np.arange(halo) + 0.5) * h
             position = [
-                jnp.asarray((along if a == axis else x).reshape([-1 if b == a else 1 for b in range(d)]), w.dtype)
+                jnp.asarray((along if a == axis else x).reshape([-1 if b == a else 1 for b in range(d)]), u.dtype)
                 for a, x in enumerate(self.grid.coordinates(self.grid.centre))
             ]
             given = self.equation.boundary_state[f"{AXES[axis]}_{SIDES[side]}"](position, t)
             shape = tuple(halo if a == axis else m for a, m in enumerate(self.grid.shape))
-            return jnp.stack([jnp.broadcast_to(q.astype(w.dtype), shape) for q in given])
+            return self.equation.conserved(jnp.stack([jnp.broadcast_to(q.astype(u.dtype), shape) for q in given]))
         if kind == "reflecting":
-            layers = part(w, 0, halo, axis + 1) if side == 0 else part(w, n - halo, n, axis + 1)
+            layers = part(u, 0, halo, axis + 1) if side == 0 else part(u, n - halo, n, axis + 1)
             return self._mirrored(jnp.flip(layers, axis + 1), axis)
-        edge = part(w, 0, 1, axis + 1) if side == 0 else part(w, n - 1, n, axis + 1)
+        edge = part(u, 0, 1, axis + 1) if side == 0 else part(u, n - 1, n, axis + 1)
         return jnp.concatenate([edge] * halo, axis + 1)
 
-    def _mirrored(self, w: Float[Array, "c *grid"], axis: int) -> Float[Array, "c *grid"]:
-        """The velocity along `axis` with the other sign."""
-        return jnp.concatenate([w[: axis + 1], -w[axis + 1 : axis + 2], w[axis + 2 :]])
+    def _mirrored(self, u: Float[Array, "c *grid"], axis: int) -> Float[Array, "c *grid"]:
+        """The momentum along `axis` with the other sign."""
+        return jnp.concatenate([u[: axis + 1], -u[axis + 1 : axis + 2], u[axis + 2 :]])
 
-    def _around(self, w: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> tuple[Array, Array, Array]:
+    def _around(self, u: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> tuple[Array, Array, Array]:
         """(below, inside, above): `halo` layers beyond both sides of `axis`."""
         n = self.grid.shape[axis]
         if self.grid.periodic[axis]:
-            return part(w, n - halo, n, axis + 1), w, part(w, 0, halo, axis + 1)
-        return self._beyond(w, axis, 0, halo, t), w, self._beyond(w, axis, 1, halo, t)
+            return part(u, n - halo, n, axis + 1), u, part(u, 0, halo, axis + 1)
+        return self._beyond(u, axis, 0, halo, t), u, self._beyond(u, axis, 1, halo, t)
 
-    def _extended(self, w: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> Float[Array, "c *more"]:
-        """w with `halo` more layers on both sides of `axis`."""
-        return jnp.concatenate(self._around(w, axis, halo, t), axis + 1)
+    def _extended(self, u: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> Float[Array, "c *more"]:
+        """The primitive variables of u with `halo` more layers on both sides of `axis`.
 
-    def _extended_everywhere(self, w: Float[Array, "c *grid"], t: Real) -> Float[Array, "c *more"]:
-        """w with one more layer on all sides, corners included."""
-        d, out = self.grid.ndim, w
+        Made from u for each axis again: a bare concatenation runs on one thread and would cost a pass of its own.
+        """
+        return stored(t, lambda three: self._primitive(jnp.concatenate(three, axis + 1)), self._around(u, axis, halo, t))
+
+    def _extended_everywhere(self, u: Float[Array, "c *grid"], t: Real) -> Float[Array, "c *more"]:
+        """The primitive variables of u with one more layer on all sides, corners included."""
+        d, out = self.grid.ndim, u
         for axis, n in enumerate(self.grid.shape):
             ghosts = []
             for side, kind in enumerate(self.grid.boundaries[axis]):
@@ -256,24 +259,24 @@ class CompressibleFiniteVolume(AbstractSolver):
                 if kind == "reflecting":
                     edge = self._mirrored(edge, axis)
                 elif kind == "fixed":
-                    edge = self._beyond(w, axis, side, 1, t)
+                    edge = self._beyond(u, axis, side, 1, t)
                     for a in range(axis):
                         width = [(1, 1) if b == a + 1 else (0, 0) for b in range(d + 1)]
                         edge = jnp.pad(edge, width, mode="wrap" if self.grid.periodic[a] else "edge")
                 ghosts.append(edge)
             out = jnp.concatenate([ghosts[0], out, ghosts[1]], axis + 1)
-        return out
+        return self._primitive(out)
 
     # -- fluxes -----------------------------------------------------------------------------------------------------------------
 
     def _face_states(
-        self, w: Float[Array, "c *grid"], axis: int, scheme: Reconstruction, t: Real, weights: Array | None
+        self, u: Float[Array, "c *grid"], axis: int, scheme: Reconstruction, t: Real, weights: Array | None
     ) -> tuple[Float[Array, "c *faces"], Float[Array, "c *faces"]]:
         """(W_L, W_R) at the n + 1 faces; first order where the scheme would all but lose density or pressure."""
         d = self.grid.ndim
-        around = stored(t, lambda three: jnp.concatenate(three, axis + 1), self._around(w, axis, scheme.halo, t))
+        around = self._extended(u, axis, scheme.halo, t)
         if self.reconstruct == "characteristic" and scheme.order > 1:
-            gamma = jnp.asarray(self.equation.gamma, w.dtype)
+            gamma = jnp.asarray(self.equation.gamma, u.dtype)
             sides = stored(t, lambda q: self._by_characteristics(q, scheme, gamma, axis), around)
         else:
             edges = None if scheme.edges is None else stored(t, lambda q: scheme.edges(q, axis + 1), around)
@@ -288,7 +291,7 @@ class CompressibleFiniteVolume(AbstractSolver):
                 for k, order in enumerate((row, row[::-1])):
                     combined = sum((x * cell for x, cell in zip(order[1:], cells[1:], strict=True)), order[0] * cells[0])
                     sides = tuple(q + weights[k, :, f] * combined if k == side else q for side, q in enumerate(sides))
-        share, out = jnp.asarray(KEPT_SHARE, w.dtype), []
+        share, out = jnp.asarray(KEPT_SHARE, u.dtype), []
         for k, state in enumerate(sides):
             own = part(around, scheme.halo - 1 + k, around.shape[axis + 1] - scheme.halo + k, axis + 1)
             good = (state[0] > share * own[0]) & (state[d + 1] > share * own[d + 1])
@@ -299,10 +302,10 @@ class CompressibleFiniteVolume(AbstractSolver):
         left, right = characteristic(channels_of(around), scheme, gamma, axis, self.grid.ndim)
         return jnp.stack(left), jnp.stack(right)
 
-    def _viscous(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> Channels:
+    def _viscous(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> Channels:
         """−F_v: the flux of momentum by τ, of energy by τ·v and conduction, of scalars by diffusion; order 2."""
         d, spacing = self.grid.ndim, self.grid.spacing
-        around = channels_of(self._extended_everywhere(w, t))
+        around = channels_of(self._extended_everywhere(u, t))
 
         def cells(q: Array, along: int, across: int | None = None, offset: int = 0) -> Array:
             """Values beside the faces: `along` 0 or 1 cells further on the axis, `offset` aside on `across`."""
@@ -324,8 +327,8 @@ class CompressibleFiniteVolume(AbstractSolver):
         rho, v = around[0], around[1 : d + 1]
         temperature = around[d + 1] / rho
         mu = self.equation.dynamic_viscosity(mean(temperature))
-        gamma = jnp.asarray(self.equation.gamma, w.dtype)
-        heat = gamma / (gamma - 1) / jnp.asarray(self.equation.prandtl, w.dtype)
+        gamma = jnp.asarray(self.equation.gamma, u.dtype)
+        heat = gamma / (gamma - 1) / jnp.asarray(self.equation.prandtl, u.dtype)
         along = [slope(v[b], axis) for b in range(d)]
         dilatation = along[axis]
         for b in range(d):
@@ -337,13 +340,13 @@ class CompressibleFiniteVolume(AbstractSolver):
         for b in range(d):
             energy = energy + stress[b] * mean(v[b])
         scalars = [
-            jnp.asarray(kappa, w.dtype) * mean(rho) * slope(q, axis)
+            jnp.asarray(kappa, u.dtype) * mean(rho) * slope(q, axis)
             for kappa, q in zip(self.equation.scalars.values(), around[d + 2 :], strict=True)
         ]
         return [jnp.zeros_like(energy), *(-q for q in stress), -energy, *(-q for q in scalars)]
 
     def _total_flux(
-        self, w: Float[Array, "c *grid"], extra: PyTree, axis: int, t: Real, scheme: Reconstruction
+        self, u: Float[Array, "c *grid"], extra: PyTree, axis: int, t: Real, scheme: Reconstruction
     ) -> Float[Array, "c *faces"]:
         """The flux of the scheme, of viscosity and of closures at the n + 1 faces along `axis`."""
         d = self.grid.ndim
@@ -351,16 +354,16 @@ class CompressibleFiniteVolume(AbstractSolver):
             weights = None
             if "weights" in extra and scheme.order > 1:
                 weights = self._on_all_faces(extra["weights"][axis], axis, 3)
-            left, right = self._face_states(w, axis, scheme, t, weights)
+            left, right = self._face_states(u, axis, scheme, t, weights)
 
-            def summed(left: Array, right: Array, w: Array, given: list[Array]) -> Array:
+            def summed(left: Array, right: Array, u: Array, given: list[Array]) -> Array:
                 flux = RIEMANN_SOLVERS[self.riemann](self.equation, channels_of(left), channels_of(right), axis, d)
                 if not self.equation.ideal:
-                    flux = [f + g for f, g in zip(flux, self._viscous(w, axis, t), strict=True)]
+                    flux = [f + g for f, g in zip(flux, self._viscous(u, axis, t), strict=True)]
                 total = jnp.stack(flux)
                 return total + self._on_all_faces(given[0], axis, 1) if given else total
 
-            return stored(t, summed, left, right, w, [extra["flux"][axis]] if "flux" in extra else [])
+            return stored(t, summed, left, right, u, [extra["flux"][axis]] if "flux" in extra else [])
 
     def _on_all_faces(self, q: Array, axis: int, lead: int) -> Array:
         """What a closure gives at the right faces, at all n + 1 faces: nothing passes sides that are not periodic."""
@@ -380,36 +383,36 @@ class CompressibleFiniteVolume(AbstractSolver):
 
     # -- positivity -------------------------------------------------------------------------------------------------------------
 
-    def _neighbours(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> tuple[Channels, Channels, Array]:
+    def _neighbours(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> tuple[Channels, Channels, Array]:
         """The cells on both sides of each face along `axis`, and α/Δx there."""
         n, h = self.grid.shape[axis], self.grid.spacing[axis]
-        around = self._extended(w, axis, 1, t)
+        around = self._extended(u, axis, 1, t)
         left, right = (channels_of(part(around, k, k + n + 1, axis + 1)) for k in (0, 1))
         return left, right, largest_speed(self.equation, left, right, axis, self.grid.ndim) / h
 
-    def _cell_speed(self, w: Float[Array, "c *grid"], axis: int, t: Real) -> Float[Array, "*grid"]:
+    def _cell_speed(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> Float[Array, "*grid"]:
         """The larger α/Δx of the two faces of each cell along `axis`."""
-        n, speed = self.grid.shape[axis], self._neighbours(w, axis, t)[2]
+        n, speed = self.grid.shape[axis], self._neighbours(u, axis, t)[2]
         return jnp.maximum(part(speed, 0, n, axis), part(speed, 1, n + 1, axis))
 
-    def _cell_speeds(self, w: Float[Array, "c *grid"], t: Real) -> Float[Array, "*grid"]:
+    def _cell_speeds(self, u: Float[Array, "c *grid"], t: Real) -> Float[Array, "*grid"]:
         """Σ_a α_a/Δx_a of each cell."""
-        total = self._cell_speed(w, 0, t)
+        total = self._cell_speed(u, 0, t)
         for axis in range(1, self.grid.ndim):
-            total = total + self._cell_speed(w, axis, t)
+            total = total + self._cell_speed(u, axis, t)
         return total
 
     def limiter_dt(self, u: Float[Array, "c *grid"], t: Real | float = 0.0) -> Real:
         """½ / max Σ_a α_a/Δx_a: the largest Δt for which the limiter keeps ρ and p positive."""
-        return 0.5 / jnp.max(self._cell_speeds(self._primitive(u), jnp.asarray(t, u.dtype)))
+        return 0.5 / jnp.max(self._cell_speeds(u, jnp.asarray(t, u.dtype)))
 
-    def _share(self, w: Float[Array, "c *grid"], total: Array, high: Array, axis: int, t: Real, dt: Real) -> Float[Array, "*faces"]:
-        """θ at the n + 1 faces along `axis`, for cells of primitive variables `w` with `total` = Σ α/Δx."""
+    def _share(self, u: Float[Array, "c *grid"], total: Array, high: Array, axis: int, t: Real, dt: Real) -> Float[Array, "*faces"]:
+        """θ at the n + 1 faces along `axis`, for the cells of `u` with `total` = Σ α/Δx."""
         d, n = self.grid.ndim, self.grid.shape[axis]
-        left, right, _ = self._neighbours(w, axis, t)
+        left, right, _ = self._neighbours(u, axis, t)
         low = jnp.stack(llf(self.equation, left, right, axis, d))
         # Each cell is a mean of states, one per face, with weights in proportion to the speeds along the axes.
-        factor = 2 * dt * total / (self._cell_speed(w, axis, t) * self.grid.spacing[axis])
+        factor = 2 * dt * total / (self._cell_speed(u, axis, t) * self.grid.spacing[axis])
         first, last = part(factor, 0, 1, axis), part(factor, n - 1, n, axis)
         scale = jnp.concatenate([last, factor, first] if self.grid.periodic[axis] else [first, factor, last], axis)
         theta = jnp.ones_like(low[0])
@@ -438,9 +441,9 @@ class CompressibleFiniteVolume(AbstractSolver):
         possible = (safe[0] > 0) & (p_safe > 0)
         return jnp.where(possible, jnp.clip(theta * second, 0, 1), 0)
 
-    def _limited(self, theta: Array, w: Array, high: Array, axis: int, t: Real) -> Float[Array, "c *faces"]:
+    def _limited(self, theta: Array, u: Array, high: Array, axis: int, t: Real) -> Float[Array, "c *faces"]:
         """(1 − θ) F_LLF + θ F."""
-        left, right, _ = self._neighbours(w, axis, t)
+        left, right, _ = self._neighbours(u, axis, t)
         low = jnp.stack(llf(self.equation, left, right, axis, self.grid.ndim))
         return low + theta[None] * (high - low)
 
@@ -465,18 +468,18 @@ class CompressibleFiniteVolume(AbstractSolver):
         new = base
         passing, count = jnp.zeros((u.shape[0],), u.dtype), jnp.zeros((), u.dtype)
         beyond = jnp.zeros((), bool)
-        w = stored(t, lambda u: self._primitive(u), u)
         if limit:
             # The mean that must stay positive is that of `base`.
-            before = w if base is u else stored(t, lambda u: self._primitive(u), base)
-            total = stored(t, lambda w: self._cell_speeds(w, t), before)
+            total = stored(t, lambda base: self._cell_speeds(base, t), base)
             slack = 1 + 16 * float(jnp.finfo(u.dtype).eps)
             beyond = dt * jnp.max(total) > jnp.asarray(0.5 * slack, u.dtype)
         for axis, (n, h) in enumerate(zip(self.grid.shape, self.grid.spacing, strict=True)):
-            flux = self._total_flux(w, extra, axis, t, RECONSTRUCTIONS[scheme])
+            flux = self._total_flux(u, extra, axis, t, RECONSTRUCTIONS[scheme])
             if limit:
-                theta = stored(t, lambda w, total, flux, axis=axis: self._share(w, total, flux, axis, t, dt), before, total, flux)
-                flux = stored(t, lambda theta, w, flux, axis=axis: self._limited(theta, w, flux, axis, t), theta, before, flux)
+                theta = stored(
+                    t, lambda base, total, flux, axis=axis: self._share(base, total, flux, axis, t, dt), base, total, flux
+                )
+                flux = stored(t, lambda theta, base, flux, axis=axis: self._limited(theta, base, flux, axis, t), theta, base, flux)
                 count = count + jnp.sum(part(theta, 1, n + 1, axis) < 1).astype(u.dtype)
             passing = passing + self._passing(flux, axis, dt)
 
