@@ -9,7 +9,11 @@ if not __name__.startswith("hybridsim."):
 
 CLOSURES: dict[str, str] = {
     "hyperviscosity": "hybridsim.corrections.eddy:Hyperviscosity",
+    "learned_correction": "hybridsim.corrections.learned:LearnedCorrection",
     "learned_flux": "hybridsim.corrections.learned:LearnedFlux",
+    "learned_interpolation": "hybridsim.corrections.learned:LearnedInterpolation",
+    "learned_source": "hybridsim.corrections.learned:LearnedSource",
+    "learned_step": "hybridsim.corrections.learned:LearnedStep",
     "leith": "hybridsim.corrections.eddy:Leith",
     "smagorinsky": "hybridsim.corrections.eddy:Smagorinsky",
 }

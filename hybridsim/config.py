@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # --- constructors ----------------------------------------------------------------------------------------------------------------
 
 _HIDDEN = object()
-FROM_RUN = ("dims", "grid", "key", "variables")
+FROM_RUN = ("dims", "free_weights", "grid", "key", "variables")
 """Arguments of closures that the run supplies: they are not written in YAML."""
 _TABLES = {
     "forcing": ("hybridsim.solvers", "FORCINGS"),
@@ -813,7 +813,8 @@ class Experiment:
 
             def build(at: KeyPath = at, seed: int = correction.seed if seed is None else seed) -> Any:
                 key = jax.random.key(seed)
-                made = self._parts[at].build(dims=solver.grid.ndim, grid=solver.grid, variables=solver.variables, key=key)
+                given = {"dims": solver.grid.ndim, "grid": solver.grid, "variables": solver.variables, "key": key}
+                made = self._parts[at].build(**given, free_weights=solver.free_weights())
                 return jax.tree.map(lambda a: a.astype(spec.precision) if eqx.is_inexact_array(a) else a, made)
 
             if weights and correction.weights is not None:

@@ -184,6 +184,14 @@ class AbstractSolver(eqx.Module):
     def conserved(self) -> tuple[str, ...]:
         """Names of the channels whose sums nothing but `injected` may change."""
 
+    def free_weights(self) -> int:
+        """How many free coefficients an `Interpolation` closure has per face, side and channel; 0 where none are offered."""
+        return 0
+
+    def receive_weights(self, weights: Float[Array, "axis side c free *grid"]) -> PyTree:
+        """What `euler` will use for the output of an `Interpolation` closure; beside what `receive` made of the others."""
+        raise TypeError(f"{type(self).__name__} takes no Interpolation closure")
+
     @property
     def ledger_rows(self) -> tuple[str, ...]:
         """Names of what `collect` hands out: one row per channel first, then what else a solver keeps books of."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
+from hybridsim.contract import AbstractSolver, Flux, PostStep, Replacement, Source, Variable
 from hybridsim.grid import Grid, Place, cell_mean, face_mean, resample
 from hybridsim.solvers import staggering
 from hybridsim.solvers.incompressible import (
@@ -84,7 +84,7 @@ class StaggeredFiniteVolume(AbstractSolver):
     convection: Convection = eqx.field(static=True, default="van_leer")
     arrays: dict[str, Any] | None = None
 
-    places: ClassVar = (Flux, Source, PostStep)
+    places: ClassVar = (Flux, Source, PostStep, Replacement)
 
     def __check_init__(self):
         if self.grid.ndim < 2:

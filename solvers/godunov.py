@@ -4,6 +4,7 @@ All channels are means over cells. The flux of every channel along axis a lives 
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import equinox as eqx
@@ -281,22 +282,28 @@ class CompressibleFiniteVolume(AbstractSolver):
         else:
             edges = None if scheme.edges is None else stored(t, lambda q: scheme.edges(q, axis + 1), around)
             sides = stored(t, lambda q, e: scheme.faces(q, e, axis + 1), around, edges)
-        if weights is None and scheme.order <= 2 and self.reconstruct == "primitive":
+        owns = [part(around, scheme.halo - 1 + k, around.shape[axis + 1] - scheme.halo + k, axis + 1) for k in range(2)]
+
+        def guarded(states: tuple[Array, Array], others: Sequence[Array]) -> tuple[Array, Array]:
+            """The states, or the others where they would all but lose density or pressure."""
+            share, out = jnp.asarray(KEPT_SHARE, u.dtype), []
+            for state, other, own in zip(states, others, owns, strict=True):
+                good = (state[0] > share * own[0]) & (state[d + 1] > share * own[d + 1])
+                out.append(jnp.where(good[None], state, other))
+            return out[0], out[1]
+
+        if scheme.order > 2 or self.reconstruct == "characteristic":
+            sides = guarded(sides, owns)
+        if weights is None:
             return sides
-        if weights is not None:
-            basis = null_space(self.reconstruction)
-            cells = windows(around, scheme.halo, axis + 1)
-            free = [list(map(float, row)) for row in basis]
-            for f, row in enumerate(free):
-                for k, order in enumerate((row, row[::-1])):
-                    combined = sum((x * cell for x, cell in zip(order[1:], cells[1:], strict=True)), order[0] * cells[0])
-                    sides = tuple(q + weights[k, :, f] * combined if k == side else q for side, q in enumerate(sides))
-        share, out = jnp.asarray(KEPT_SHARE, u.dtype), []
-        for k, state in enumerate(sides):
-            own = part(around, scheme.halo - 1 + k, around.shape[axis + 1] - scheme.halo + k, axis + 1)
-            good = (state[0] > share * own[0]) & (state[d + 1] > share * own[d + 1])
-            out.append(jnp.where(good[None], state, own))
-        return out[0], out[1]
+        changed, cells = list(sides), windows(around, scheme.halo, axis + 1)
+        for f, row in enumerate(null_space(self.reconstruction)):
+            for k, order in enumerate((row, row[::-1])):
+                combined = order[0].item() * cells[0]
+                for x, cell in zip(order[1:], cells[1:], strict=True):
+                    combined = combined + x.item() * cell
+                changed[k] = changed[k] + weights[k, :, f] * combined
+        return guarded((changed[0], changed[1]), sides)
 
     def _by_characteristics(self, around: Array, scheme: Reconstruction, gamma: Array, axis: int) -> tuple[Array, Array]:
         left, right = characteristic(channels_of(around), scheme, gamma, axis, self.grid.ndim)

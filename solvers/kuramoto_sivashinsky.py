@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, PyTree
 
-from hybridsim.contract import AbstractSolver, Flux, PostStep, Source, Variable
+from hybridsim.contract import AbstractSolver, Flux, PostStep, Replacement, Source, Variable
 from hybridsim.grid import Grid, Place, cell_mean, resample
 from hybridsim.solvers.finite_volume import limited_slope
 from hybridsim.solvers.spectral import Dealiasing, dealiasing_mask
@@ -121,7 +121,7 @@ class _Line(AbstractSolver):
     equation: eqx.AbstractVar[KuramotoSivashinsky]
     arrays: eqx.AbstractVar[dict[str, Array] | None]
 
-    places: ClassVar = (Flux, Source, PostStep)
+    places: ClassVar = (Flux, Source, PostStep, Replacement)
 
     def __check_init__(self):
         if self.grid.ndim != 1:

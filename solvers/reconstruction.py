@@ -185,12 +185,17 @@ RECONSTRUCTIONS: dict[str, Reconstruction] = {
 
 
 def null_space(name: str) -> np.ndarray:
-    """Z `(free, 2G)`: orthonormal combinations of the cells around a face that vanish for polynomials below the scheme's order."""
+    """Z `(free, 2G)`: orthonormal combinations of the cells around a face that vanish for polynomials below the scheme's order.
+
+    Differences of rising order: the discrete orthogonal polynomials of degrees order, …, 2G − 1 on 2G points, with positive leading
+    coefficients, so that trained weights mean the same everywhere. First order leaves nothing free.
+    """
     scheme = RECONSTRUCTIONS[name]
-    edges = np.arange(-scheme.halo, scheme.halo + 1, dtype=float)
-    conditions = [np.diff(edges ** (p + 1)) / (p + 1) for p in range(scheme.order)]
-    _, _, rows = np.linalg.svd(np.stack(conditions))
-    return rows[scheme.order :]
+    if scheme.order == 1:
+        return np.zeros((0, 2 * scheme.halo))
+    points = np.arange(2 * scheme.halo) - (scheme.halo - 0.5)
+    basis, triangle = np.linalg.qr(np.vander(points, increasing=True))
+    return (basis * np.sign(np.diag(triangle)))[:, scheme.order :].T
 
 
 def characteristic(

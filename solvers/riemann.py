@@ -206,7 +206,7 @@ def hllc(equation: CompressibleNavierStokes, left: Sequence[Array], right: Seque
     """F̂ = F_K where the flow is supersonic, else F*_K = (ρ* S*, ρ* S* v + p*, S* (E* + p*)), K the side that S* comes from.
 
     Three waves, contacts included (Toro, Spruce & Speares 1994, doi:10.1007/BF01414629; Batten et al. 1997,
-    doi:10.1137/S1064827593260140): isolated contacts, shear waves and shocks are resolved exactly.
+    doi:10.1137/S1064827593260140): isolated contacts and shear waves are resolved exactly; shocks are not, with these wave speeds.
     """
     return _hllc(axis, d, jnp.asarray(equation.gamma, left[0].dtype), list(left), list(right))
 

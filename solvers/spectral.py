@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, PyTree
 
-from hybridsim.contract import AbstractSolver, Flux, PostStep, Real, Source, Tendency, Variable
+from hybridsim.contract import AbstractSolver, Flux, PostStep, Real, Replacement, Source, Tendency, Variable
 from hybridsim.grid import Grid, resample
 from hybridsim.solvers.incompressible import AbstractBandForce, AbstractStandingForce, NavierStokes
 
@@ -60,7 +60,7 @@ class _Spectral(AbstractSolver):
     equation: eqx.AbstractVar[NavierStokes]
     arrays: eqx.AbstractVar[dict[str, Array] | None]
 
-    places: ClassVar = (Flux, Source, PostStep)
+    places: ClassVar = (Flux, Source, PostStep, Replacement)
     dims: ClassVar[int]
 
     def __check_init__(self):

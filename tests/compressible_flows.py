@@ -17,9 +17,7 @@ RECONSTRUCTIONS = ("plm_van_leer", "plm_mc", "ppm", "weno5z")
 RIEMANN = ("hllc", "hllc_low_mach", "hlle", "llf")
 
 
-def gas(
-    grid, gamma=1.4, *, reconstruction="plm_van_leer", riemann="hllc", reconstruct="primitive", positivity=True, **physics
-):
+def gas(grid, gamma=1.4, *, reconstruction="plm_van_leer", riemann="hllc", reconstruct="primitive", positivity=True, **physics):
     """The solver of a gas on a grid; `physics` goes to the equation."""
     equation = CompressibleNavierStokes(gamma, **physics)
     return CompressibleFiniteVolume(

@@ -90,7 +90,7 @@ class Nudge(PostStep):
 
 
 class Faces(Interpolation):
-    """a = 0, in a place that no solver takes yet."""
+    """a = 0 of a wrong shape, in a place that only the compressible solver takes."""
 
     def __call__(self, view, memory=None, key=None):
         return 0 * view.u
@@ -370,10 +370,11 @@ def test_check_names_the_line_that_fails(folder: Path):
     assert f"(mine.py:{line})" in lines_of(result)["shape", "navier_stokes 2D finite_volume"][0]
 
 
-def test_check_reports_a_place_that_no_solver_takes(folder: Path):
+def test_check_reports_places_that_solvers_do_not_take_and_wrong_shapes(folder: Path):
     result = invoke("check", "mine.py:Faces")
     assert result.exit_code == 1
-    assert lines_of(result)["place", "every solver"] == ("no solver takes this place", "FAIL")
+    assert lines_of(result)["place", "navier_stokes 2D spectral"] == ("Interpolation is not taken", "note")
+    assert lines_of(result)["shape", "compressible 2D finite_volume"] == ("(4, 16, 12)", "FAIL")
 
 
 @pytest.mark.parametrize("arguments", [["mine.py:Push"], ["mine.py:Nudge"]])

@@ -24,12 +24,14 @@ from flows import (
     steps,
 )
 
-from hybridsim.contract import Flux, PostStep, Source, View, place_of
+from hybridsim.contract import Flux, PostStep, Replacement, Source, View, place_of
 from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky, filter_width
-from hybridsim.corrections.learned import LearnedFlux
+from hybridsim.corrections.learned import LearnedCorrection, LearnedFlux, LearnedSource, LearnedStep
 from hybridsim.grid import Grid
-from hybridsim.model import Model
+from hybridsim.model import Model, State, rollout
+from hybridsim.solvers.kuramoto_sivashinsky import FiniteVolumeKS, KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.steppers import ETDRK4, SSPRK2, SSPRK3, CrankNicolsonRK4
+from hybridsim.train import window_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -380,6 +382,109 @@ def test_a_learned_flux_is_refused_where_the_channels_are_others():
         learned(0, variables=solver.variables[2:])
     with pytest.raises(ValueError, match="scalar_scale: must be positive"):
         learned(0, scalar_scale=0.0)
+
+
+# --- networks at the other places ------------------------------------------------------------------------------------------------
+
+
+def _family(name):
+    """(solver, stepper, a state) of each family and discretisation."""
+    if name.endswith("ks"):
+        make = SpectralKS if name == "spectral_ks" else FiniteVolumeKS
+        solver = make(Grid((16,), (22.0,)), KuramotoSivashinsky())
+        (x,) = solver.grid.mesh()
+        return solver, ETDRK4(), np.cos(TWO_PI * x / 22)[None] + 0.3 * np.sin(TWO_PI * 2 * x / 22 + 1)[None]
+    solver = solver_of(name, square(12), 1e-3, kolmogorov(), scalars={"c": 1e-3})
+    return solver, default_stepper(name), random_flow(solver, 1, modes=2, mean=(0.3, -0.2))
+
+
+FAMILIES = (*BOTH, "spectral_ks", "finite_volume_ks")
+
+
+def _network(kind, solver, std=None, seed=0, **options):
+    made = kind(solver.grid.ndim, width=4, depth=1, variables=solver.variables, key=jax.random.key(seed), **options)
+    made = made if std is None else randomised(made, seed, std)
+    return jax.tree.map(lambda a: a.astype(np.float64) if eqx.is_inexact_array(a) else a, made)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_untrained_networks_change_nothing_at_any_place(name):
+    solver, stepper, u = _family(name)
+    kinds = (LearnedFlux, LearnedSource, LearnedCorrection)
+    bare = evolve(solver, stepper, u, 0.01, 1)
+    closures = [_network(kind, solver) for kind in kinds]
+    limit = 4 * np.finfo(float).eps * np.abs(u).max()
+    assert np.abs(evolve(solver, stepper, u, 0.01, 1, closures) - bare).max() <= limit
+    for i, kind in enumerate(kinds):
+        trained = [*closures[:i], _network(kind, solver, 0.3), *closures[i + 1 :]]
+        assert np.abs(evolve(solver, stepper, u, 0.01, 1, trained) - bare).max() > 1e-4, kind
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_replacement_takes_the_whole_step(name):
+    """u ← P(u + d), d at the start of the step; the stepper and the physics of the solver are out of it."""
+    solver, stepper, u = _family(name)
+    u = np.asarray(solver.project(jnp.asarray(u)))
+    still = evolve(solver, stepper, u, 0.1, 2, (_network(LearnedStep, solver),))
+    np.testing.assert_allclose(still, u, rtol=0, atol=1e-13)
+    closure = _network(LearnedStep, solver, 0.3)
+    found, ledger = steps(Model(solver, stepper, 0.1, (closure,)), u, 2)
+    expected = jnp.asarray(u)
+    for _ in range(2):
+        expected = solver.project(expected + closure(_view(solver, expected, 0.1)))
+    np.testing.assert_allclose(found[-1], expected, rtol=0, atol=1e-12)
+    assert not np.asarray(ledger[0]).any()
+    assert np.abs(np.asarray(found[-1]) - u).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["finite_volume", "spectral_ks"])
+def test_a_replacement_learns(name):
+    """Its gradient is finite, and one step along it lowers the loss."""
+    solver, stepper, u = _family(name)
+    truth = rollout(Model(solver, stepper, 0.02, substeps=5), State(jnp.asarray(u)), 2).u
+    window = jnp.concatenate([jnp.asarray(u)[None], truth])
+    weights, fixed = eqx.partition(_network(LearnedStep, solver, 0.1), eqx.is_inexact_array)
+
+    @jax.jit
+    def loss(weights):
+        return window_loss(Model(solver, stepper, 0.1, (eqx.combine(weights, fixed),)), window, None, 1, 1, jax.random.key(0))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(weights)
+    leaves = jax.tree.leaves(gradient)
+    assert all(np.isfinite(g).all() for g in leaves)
+    assert all(np.asarray(g).any() for g in leaves)
+    size = sum(float(jnp.sum(g * g)) for g in leaves)
+    lower = loss(jax.tree.map(lambda w, g: w - 0.05 * value / size * g, weights, gradient))
+    assert 0.9 * value < lower < value
+
+
+class Swap(Replacement):
+    """d = −2 u, and it remembers how often it was asked."""
+
+    def init_memory(self, view):
+        return jnp.zeros((), jnp.int32)
+
+    def __call__(self, view, memory=None, key=None):
+        return -2 * view.u, memory + 1
+
+
+def test_a_replacement_remembers_and_counts_steps():
+    solver, stepper, u = _family("spectral")
+    final = eqx.filter_jit(rollout)(Model(solver, stepper, 0.1, (Swap(),), substeps=3), State(jnp.asarray(u)), 3).final
+    assert int(final.carry["closures"][0]["memory"]) == 9
+    np.testing.assert_allclose(final.u, -u, rtol=0, atol=1e-12)
+
+
+def test_a_replacement_stands_alone():
+    solver, stepper, _ = _family("spectral")
+    step = _network(LearnedStep, solver)
+    with pytest.raises(ValueError, match=r"corrections\[1\]: LearnedStep is a Replacement closure.*remove corrections\[0\], Mine"):
+        Model(solver, stepper, 0.1, (Mine(), step))
+    with pytest.raises(ValueError, match=r"corrections\[0\]: LearnedStep is a Replacement closure.*remove corrections\[1\], Damp"):
+        Model(solver, stepper, 0.1, (step, Damp()))
+    for when, substeps in (("stage", 1), (2, 2)):
+        with pytest.raises(ValueError, match=r"corrections\[0\].evaluate: a Replacement closure is the step itself; found"):
+            Model(solver, stepper, 0.1, (step,), when, substeps)
 
 
 # --- consistency -----------------------------------------------------------------------------------------------------------------
