@@ -82,7 +82,7 @@ def steps_case(scheme: str, size: int, steps: int) -> Case:
     u = flow(made.solver)  # pyright: ignore[reportArgumentType]
     prepared = made.prepare(u.dtype)
     state = (prepared.solver.encode(u), made.init_carry(u), jnp.zeros((), jnp.int32))
-    return Case(lambda m, p, s: advance(m, p, *s, steps), made, prepared, state)
+    return Case(lambda m, p, s: advance(m, p, s[0], s[1], s[2], steps), made, prepared, state)
 
 
 def gradient_cases(scheme: str, size: int) -> tuple[Case, Case]:
@@ -126,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = jax.devices()[0].device_kind
     ceilings = machine()
     print(
-        f"{device}, jax {jax.__version__}, float32; copy {ceilings['copy_gb_s']:.0f} GB/s, sgemm {ceilings['sgemm_gflop_s']:.0f} GFLOP/s"
+        f"{device}, jax {jax.__version__}, float32; copy {ceilings['copy_gb_s']:.0f} GB/s, "
+        f"sgemm {ceilings['sgemm_gflop_s']:.0f} GFLOP/s"
     )
     rows = []
     for size in options.sizes:
@@ -165,8 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
         }
         low, median, high = gradient["ratio"]
         print(
-            f"gradient through 16 steps of {gradient['scheme']} at {options.gradient}³: {median:.1f} [{low:.1f}, {high:.1f}] forward "
-            f"runs, compile {gradient['compile_s']:.1f} s, memory {gradient['memory_states']:.0f} states"
+            f"gradient through 16 steps of {gradient['scheme']} at {options.gradient}³: {median:.1f} [{low:.1f}, {high:.1f}] "
+            f"forward runs, compile {gradient['compile_s']:.1f} s, memory {gradient['memory_states']:.0f} states"
         )
     if options.out:
         write_json(options.out, {"device": device, "jax": jax.__version__, **ceilings, "rows": rows, "gradient": gradient})

@@ -280,7 +280,8 @@ class CompressibleFiniteVolume(AbstractSolver):
             gamma = jnp.asarray(self.equation.gamma, u.dtype)
             sides = stored(t, lambda q: self._by_characteristics(q, scheme, gamma, axis), around)
         else:
-            edges = None if scheme.edges is None else stored(t, lambda q: scheme.edges(q, axis + 1), around)
+            given = scheme.edges
+            edges = None if given is None else stored(t, lambda q: given(q, axis + 1), around)
             sides = stored(t, lambda q, e: scheme.faces(q, e, axis + 1), around, edges)
         owns = [part(around, scheme.halo - 1 + k, around.shape[axis + 1] - scheme.halo + k, axis + 1) for k in range(2)]
 
