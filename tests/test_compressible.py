@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -43,6 +44,9 @@ RIEMANN_PROBLEMS = {
     name: case for name, case in json.loads((DATA / "riemann_exact.json").read_text()).items() if not name.startswith("_")
 }
 CLOSED_FORMS = json.loads((DATA / "closed_forms.json").read_text())
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def stepper_for(reconstruction):
@@ -240,9 +244,7 @@ DENSITY_ERRORS = {
     "toro5_collision": ((0.115, 0.07, 0.046), (0.085, 0.056, 0.037)),
 }
 PAIRS = [
-    pytest.param(a, b, marks=[] if b == "hllc" or a == "plm_van_leer" or (a, b) == ("weno5z", "hlle") else pytest.mark.slow)
-    for a in RECONSTRUCTIONS
-    for b in RIEMANN
+    (pytest.param if b == "hllc" or (a, b) == ("plm_van_leer", "llf") else slow)(a, b) for a in RECONSTRUCTIONS for b in RIEMANN
 ]
 
 
@@ -265,7 +267,7 @@ def test_riemann_problems(reconstruction, riemann):
             assert (norm[1:] / norm[:-1] <= ATHENA["tolerance_sod"]["ratio_per_doubling_max"]).all()
 
 
-@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+@pytest.mark.parametrize("reconstruction", ["plm_van_leer", slow("plm_mc"), slow("ppm"), "weno5z"])
 def test_a_riemann_problem_in_float32(reconstruction):
     """Sod's problem and the strongest blast of Toro's: the solution of float64, and no floor. (Limiters of parabolas decide by the
     signs of differences, noise in uniform gas included.)"""
@@ -285,10 +287,10 @@ def test_a_riemann_problem_in_float32(reconstruction):
 # --- rotated and mirrored --------------------------------------------------------------------------------------------------------
 
 
-SOME = ["plm_van_leer", "weno5z", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plm_mc", "ppm"))]
+SOME = ["plm_van_leer", slow("weno5z"), slow("plm_mc"), slow("ppm")]
 
 
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dims", [slow(2), 3])
 @pytest.mark.parametrize("reconstruction", SOME)
 def test_a_tube_along_any_axis_and_mirrored(reconstruction, dims):
     case = RIEMANN_PROBLEMS["sod"]
@@ -327,9 +329,9 @@ def rough_flow(grid, seed=0, gamma=1.4, mach=0.8, scalars=0, modes=2):
 
 @pytest.mark.parametrize(("reconstruction", "dims"), [
     ("plm_van_leer", 2),
-    ("plm_van_leer", 3),
-    ("weno5z", 2),
-    pytest.param("weno5z", 3, marks=pytest.mark.slow),
+    slow("plm_van_leer", 3),
+    slow("weno5z", 2),
+    slow("weno5z", 3),
 ])  # fmt: skip
 def test_rotated_and_mirrored_flows(reconstruction, dims):
     """Unlike axes, viscosity and a scalar; axes permuted, and one after another mirrored."""
@@ -357,7 +359,8 @@ def test_rotated_and_mirrored_flows(reconstruction, dims):
 # --- Shu–Osher -------------------------------------------------------------------------------------------------------------------
 
 
-def test_shu_osher_needs_high_order():
+@pytest.mark.parametrize(("reconstruction", "gain"), [("weno5z", 2.0), slow("ppm", 2.0), slow("plm_mc", 1.0)])
+def test_shu_osher_needs_high_order(reconstruction, gain):
     """A Mach 3 shock runs into density waves: L1 of the density on 200 cells, against 12800 cells of Athena++."""
     table = np.loadtxt(DATA / "shu_osher_athena12800_400.csv", delimiter=",", skiprows=2).T
     reference = table[1].reshape(200, 2).mean(axis=1)
@@ -370,16 +373,13 @@ def test_shu_osher_needs_high_order():
 
     u = means(grid, 1.4, flow)
     errors = {}
-    for reconstruction, reconstruct in (
-        ("plm_van_leer", "primitive"), ("plm_mc", "primitive"), ("ppm", "characteristic"), ("weno5z", "characteristic"),
-    ):  # fmt: skip
-        solver = gas(grid, reconstruction=reconstruction, reconstruct=reconstruct)
-        found = run(solver, stepper_for(reconstruction), u, *steps_for(0.47, 0.4 * 0.01 / 4.6))
-        errors[reconstruction] = float(np.abs(found.u[0] - reference).mean())
+    for name in ("plm_van_leer", reconstruction):
+        solver = gas(grid, reconstruction=name, reconstruct="primitive" if name.startswith("plm") else "characteristic")
+        found = run(solver, stepper_for(name), u, *steps_for(0.47, 0.4 * 0.01 / 4.6))
+        errors[name] = float(np.abs(found.u[0] - reference).mean())
         assert min(found.density, found.pressure) > 0
     print("Shu–Osher, L1 of the density:", errors)
-    assert errors["weno5z"] <= 0.5 * errors["plm_van_leer"]
-    assert errors["ppm"] < errors["plm_van_leer"]
+    assert gain * errors[reconstruction] < errors["plm_van_leer"]
 
 
 # --- shocks, walls and open ends -------------------------------------------------------------------------------------------------
@@ -419,29 +419,29 @@ def test_shocks_jump_as_rankine_and_hugoniot_say(mach):
 
 
 @pytest.mark.parametrize("reconstruction", SOME)
-def test_a_wall_is_a_mirror(reconstruction):
-    """Half a box with a wall is the whole box, bit for bit or nearly; in 2D on either side of either axis."""
+@pytest.mark.parametrize("axis", [slow(0), 1])
+def test_a_wall_is_a_mirror(axis, reconstruction):
+    """Half a box with walls on both sides is the whole box, bit for bit or nearly."""
     stepper = stepper_for(reconstruction)
     half = rough_flow(Grid((16, 8), (1.0, 0.5)), 5, scalars=1)
-    for axis in (0, 1):
-        at = 1 + axis
-        q = half if axis == 0 else np.swapaxes(half, 1, 2)[[0, 2, 1, 3, 4]]
-        sign = np.ones((5, 1, 1))
-        sign[at] = -1
-        shape = q.shape[1:]
-        lengths = tuple(n / 16 for n in shape)
-        double = tuple(2 * n if a == axis else n for a, n in enumerate(shape))
-        box = {"reconstruction": reconstruction, "viscosity": 1e-3, "scalars": {"dye": 1e-3}}
-        whole = gas(Grid(double, tuple(n / 16 for n in double)), **box)
-        expected = run(whole, stepper, np.concatenate([q, sign * np.flip(q, at)], axis=at), 0.005, 8).u
-        boundaries = tuple("reflecting" if a == axis else "periodic" for a in (0, 1))
-        found = run(gas(Grid(shape, lengths, boundaries), **box), stepper, q, 0.005, 8)
-        n = shape[axis]
-        np.testing.assert_allclose(found.u, np.take(expected, range(n), axis=at), rtol=0, atol=1e-13)
-        # nothing but momentum passes a wall
-        sums = (found.u - q).sum(axis=(1, 2)) / np.abs(q).sum(axis=(1, 2))
-        assert np.abs(sums[[0, 2 - axis, 3, 4]]).max() <= 1e-13
-        assert abs(sums[at]) > 1e-6
+    at = 1 + axis
+    q = half if axis == 0 else np.swapaxes(half, 1, 2)[[0, 2, 1, 3, 4]]
+    sign = np.ones((5, 1, 1))
+    sign[at] = -1
+    shape = q.shape[1:]
+    lengths = tuple(n / 16 for n in shape)
+    double = tuple(2 * n if a == axis else n for a, n in enumerate(shape))
+    box = {"reconstruction": reconstruction, "viscosity": 1e-3, "scalars": {"dye": 1e-3}}
+    whole = gas(Grid(double, tuple(n / 16 for n in double)), **box)
+    expected = run(whole, stepper, np.concatenate([q, sign * np.flip(q, at)], axis=at), 0.005, 8).u
+    boundaries = tuple("reflecting" if a == axis else "periodic" for a in (0, 1))
+    found = run(gas(Grid(shape, lengths, boundaries), **box), stepper, q, 0.005, 8)
+    n = shape[axis]
+    np.testing.assert_allclose(found.u, np.take(expected, range(n), axis=at), rtol=0, atol=1e-13)
+    # nothing but momentum passes a wall
+    sums = (found.u - q).sum(axis=(1, 2)) / np.abs(q).sum(axis=(1, 2))
+    assert np.abs(sums[[0, 2 - axis, 3, 4]]).max() <= 1e-13
+    assert abs(sums[at]) > 1e-6
 
 
 def test_a_shock_reflects_from_a_wall_as_it_must():
@@ -482,7 +482,7 @@ def test_a_pulse_leaves_through_an_open_end(side):
         np.testing.assert_allclose(rows, total, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("dims", [1, slow(2)])
 def test_what_flows_in_is_what_is_prescribed(dims):
     """A supersonic stream of other gas enters and fills the box; a subsonic uniform stream stays as it is."""
     for mach in (2.0, 0.4):
@@ -492,10 +492,11 @@ def test_what_flows_in_is_what_is_prescribed(dims):
         state = UniformInflow(outside[0], (outside[1], 0.0)[:dims], outside[2])
         grid = Grid((40, 4)[:dims], (1.0, 0.1)[:dims], (("fixed", "outflow"), "periodic")[:dims])
         solver = gas(grid, boundary_state={"x_lower": state})
-        column = (slice(None), None, None)[: dims + 1]
-        w = lambda q, grid=grid, column=column: np.broadcast_to(
-            np.array([q[0], q[1], *[0.0] * (dims - 1), q[2]])[column], (dims + 2, *grid.shape)
-        )
+        column = (slice(None), *(None,) * dims)
+
+        def w(q, column=column, grid=grid):
+            return np.broadcast_to(np.array([q[0], q[1], *[0.0] * (dims - 1), q[2]])[column], (dims + 2, *grid.shape))
+
         u = conserved(w(inside), 1.4, dims)
         found = run(solver, VL2(), u, *steps_for(4.0, 0.4 / 40 / 4))
         np.testing.assert_allclose(found.u, conserved(w(outside), 1.4, dims), rtol=0, atol=1e-12 if mach < 1 else 1e-6)
@@ -529,25 +530,25 @@ def test_the_vortex_is_the_published_one():
 
 
 VORTEX = [
-    ("plm_van_leer", "primitive", (32, 64, 128), 1.9, 4e-3),
-    pytest.param("plm_mc", "primitive", (32, 64, 128), 1.9, 4e-3, marks=pytest.mark.slow),
-    pytest.param("ppm", "primitive", (32, 64, 128), 1.9, 4e-3, marks=pytest.mark.slow),
-    ("weno5z", "primitive", (32, 64, 128), 1.9, 4e-3),
-    pytest.param("weno5z", "characteristic", (32, 64, 128), 1.9, 4e-3, marks=pytest.mark.slow),
+    slow("plm_van_leer", "primitive", (32, 64, 128), 4e-3),
+    slow("plm_mc", "primitive", (32, 64, 128), 4e-3),
+    slow("ppm", "primitive", (32, 64, 128), 4e-3),
+    ("weno5z", "primitive", (16, 32, 64), 4e-3),
+    slow("weno5z", "characteristic", (32, 64, 128), 4e-3),
 ]
 
 
-@pytest.mark.parametrize(("reconstruction", "reconstruct", "shape", "order", "limit"), VORTEX)
-def test_an_isentropic_vortex(reconstruction, reconstruct, shape, order, limit):
+@pytest.mark.parametrize(("reconstruction", "reconstruct", "cells", "limit"), VORTEX)
+def test_an_isentropic_vortex(reconstruction, reconstruct, cells, limit):
     """Two units of time in a box of 20: one flux point per face, so second order whatever the reconstruction."""
     errors = []
-    for n in shape:
+    for n in cells:
         grid = Grid((n, n), (20.0, 20.0))
         solver = gas(grid, reconstruction=reconstruction, reconstruct=reconstruct)
         u = run(solver, stepper_for(reconstruction), isentropic_vortex(grid, 0.0), *steps_for(2.0, 0.4 * 20 / n / 6)).u
         errors.append(float(np.abs(u - isentropic_vortex(grid, 2.0)).mean(axis=(1, 2)).max()))
     print(reconstruction, reconstruct, [f"{e:.2e}" for e in errors], rates(errors).round(2))
-    assert rates(errors)[-1] >= order
+    assert rates(errors)[-1] >= 1.9
     assert errors[-1] <= limit
 
 
@@ -610,15 +611,16 @@ def _converging(shapes, reconstruction, viscosity, time, courant):
     return apart
 
 
+@pytest.mark.slow
 def test_kelvin_helmholtz_converges_to_itself():
-    apart = _converging((32, 64, 128), "weno5z", 1e-2, 0.3, 0.08)
+    apart = _converging((32, 64, 128), "plm_van_leer", 1e-2, 0.3, 0.04)
     assert (rates(apart)[-1][[0, 1, 3, 4]] >= 1.8).all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reconstruction", ["plm_van_leer", "weno5z"])
 def test_kelvin_helmholtz_converges_to_itself_as_it_rolls_up(reconstruction):
-    apart = _converging((64, 128, 256), reconstruction, 1e-3, 2.0, 0.08)
+    apart = _converging((64, 128, 256), reconstruction, 1e-3, 2.0, 0.05)
     assert (rates(apart)[-1] >= 1.5).all()
     assert apart[-1].max() <= 0.03
 
@@ -636,11 +638,11 @@ def test_a_shear_wave_decays_by_the_schemes_own_symbol(temperature):
     wave = 1e-6 * np.sin(TWO_PI * grid.mesh()[0])
     w = np.stack([np.full(grid.shape, rho), 0 * wave, wave, np.full(grid.shape, rho * temperature)])
     symbol = -viscosity * (2 * n * np.sin(np.pi / n)) ** 2 * dt
-    for stepper, growth in ((SSPRK2(), 1 + symbol + symbol**2 / 2), (SSPRK3(), 1 + symbol + symbol**2 / 2 + symbol**3 / 6)):
-        found = primitive(run(solver, stepper, conserved(w, 1.4, 2), dt, count).u, 1.4, 2)
-        print(temperature, type(stepper).__name__, relative(found[2], growth**count * wave))
-        np.testing.assert_allclose(found[2], growth**count * wave, rtol=0, atol=1e-9 * 1e-6)
-        assert relative(found[2], wave) > 0.03
+    growth = 1 + symbol + symbol**2 / 2
+    found = primitive(run(solver, SSPRK2(), conserved(w, 1.4, 2), dt, count).u, 1.4, 2)
+    print(temperature, relative(found[2], growth**count * wave))
+    np.testing.assert_allclose(found[2], growth**count * wave, rtol=0, atol=1e-9 * 1e-6)
+    assert relative(found[2], wave) > 0.03
     exact = np.exp(-viscosity * TWO_PI**2 * dt * count)
     assert abs(found[2].max() / wave.max() / exact - 1) < 0.01
 
@@ -698,9 +700,17 @@ def sums(u):
     return np.asarray(u, np.float64).reshape(len(u), -1).sum(axis=1)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize(("reconstruction", "riemann"), [("plm_van_leer", "hllc"), ("weno5z", "hlle"), ("ppm", "hllc_low_mach")])
+SCHEMES = (("plm_van_leer", "hllc"), ("weno5z", "hlle"), ("ppm", "hllc_low_mach"))
+BY_DEFAULT = {("plm_van_leer", 3, np.float64), ("weno5z", 2, np.float32), ("ppm", 1, np.float64), ("ppm", 1, np.float32)}
+CASES = [
+    (pytest.param if (scheme[0], d, dtype) in BY_DEFAULT else slow)(*scheme, d, dtype)
+    for scheme in SCHEMES
+    for d in (1, 2, 3)
+    for dtype in (np.float64, np.float32)
+]
+
+
+@pytest.mark.parametrize(("reconstruction", "riemann", "dims", "dtype"), CASES)
 def test_sums_are_conserved(reconstruction, riemann, dims, dtype):
     """Shocked, viscous, with a scalar; the energy of a box with nothing flowing through is all there, kinetic and thermal."""
     grid = Grid(*BOXES[dims])
@@ -723,7 +733,7 @@ class Heat(Source):
         return jnp.zeros_like(view.u).at[view.grid.ndim + 1].set(1.0)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dims", [1, slow(2), slow(3)])
 def test_sums_are_conserved_with_any_flux_closure(dims):
     """Weights drawn with deviations up to 100, the limiter at work: no sum moves, no density or pressure is lost."""
     grid = Grid(*BOXES[dims])
@@ -767,23 +777,21 @@ def test_sums_are_conserved_with_any_flux_closure(dims):
 # --- precision -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dims", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_float32_stays_float32(reconstruction, dims):
-    grid = Grid(*BOXES[dims])
-    riemann = dict(zip(RECONSTRUCTIONS, RIEMANN, strict=True))[reconstruction]
-    for reconstruct in ("primitive", "characteristic"):
-        solver = gas(
-            grid, reconstruction=reconstruction, riemann=riemann, reconstruct=reconstruct, viscosity=1e-3, scalars={"dye": 1e-3}
-        )
-        u = jnp.asarray(rough_flow(grid, 1, scalars=1), jnp.float32)
-        for stepper in (VL2(), SSPRK3()):
-            model = Model(solver, stepper, 0.01)
-            prepared = eqx.filter_eval_shape(model.prepare, u.dtype)
-            z, carry = jax.eval_shape(solver.encode, u), jax.eval_shape(model.init_carry, u)
-            step = lambda model, prepared, z, carry: model(z, carry, jnp.asarray(0, jnp.int32), prepared)[0]  # noqa: E731
-            assert not wide_values(eqx.filter_make_jaxpr(step)(model, prepared, z, carry)[0])
-        assert not wide_values(jax.make_jaxpr(lambda u, s=solver: s.stable_dt(u))(u))
+    """Every reconstruction with another Riemann solver, another stepper, and variables of either kind."""
+    grid, which = Grid(*BOXES[dims]), RECONSTRUCTIONS.index(reconstruction)
+    options = {"riemann": RIEMANN[which], "reconstruct": ("primitive", "characteristic")[(which + dims) % 2]}
+    solver = gas(grid, reconstruction=reconstruction, viscosity=1e-3, viscosity_exponent=0.7, scalars={"dye": 1e-3}, **options)
+    u = jnp.asarray(rough_flow(grid, 1, scalars=1), jnp.float32)
+    model = Model(solver, stepper_for(reconstruction), 0.01)
+    prepared = eqx.filter_eval_shape(model.prepare, u.dtype)
+    z, carry = jax.eval_shape(solver.encode, u), jax.eval_shape(model.init_carry, u)
+    step = lambda model, prepared, z, carry: model(z, carry, jnp.asarray(0, jnp.int32), prepared)[0]  # noqa: E731
+    assert not wide_values(eqx.filter_make_jaxpr(step)(model, prepared, z, carry)[0])
+    assert not wide_values(jax.make_jaxpr(lambda u: solver.stable_dt(u))(u))
+    assert not wide_values(jax.make_jaxpr(lambda u: solver.limiter_dt(u))(u))
 
 
 # --- decaying turbulence ---------------------------------------------------------------------------------------------------------
