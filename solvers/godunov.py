@@ -436,13 +436,18 @@ class CompressibleFiniteVolume(AbstractSolver):
         return theta
 
     def _largest_share(self, safe: Float[Array, "c *faces"], full: Float[Array, "c *faces"]) -> Float[Array, "*faces"]:
-        """The largest θ for which safe + θ (full − safe) keeps ρ and p above `KEPT_SHARE` of those of `safe`."""
+        """The largest θ for which safe + θ (full − safe) keeps ρ and p above `KEPT_SHARE` of those of `safe`, and off the floors."""
         share = jnp.asarray(KEPT_SHARE, safe.dtype)
-        least = share * safe[0]
+
+        def least_of(q: Array, floor: float) -> Array:
+            # Twice the floor, so that rounding does not carry a cell below it; a flux of first order may go where it must.
+            return jnp.maximum(share * q, jnp.minimum(q, jnp.asarray(2 * floor, q.dtype)))
+
+        least = least_of(safe[0], self.density_floor)
         falls = full[0] < least
         theta = jnp.where(falls, (safe[0] - least) / jnp.where(falls, safe[0] - full[0], 1), 1)
         p_safe, p = self._pressure(safe), self._pressure(safe + theta[None] * (full - safe))
-        least = share * p_safe
+        least = least_of(p_safe, self.pressure_floor)
         falls = p < least
         # The pressure is concave along the segment, so the chord is a lower bound.
         second = jnp.where(falls, (p_safe - least) / jnp.where(falls, p_safe - p, 1), 1)
@@ -516,7 +521,12 @@ class CompressibleFiniteVolume(AbstractSolver):
             return new, passing, nothing.at[:3].set(self._floors(new))
 
         share = jnp.asarray(SUSPICIOUS_SHARE if self.positivity else 0, base.dtype)
-        margin = lambda old, new: jnp.minimum(new[0] - share * old[0], self._pressure(new) - share * self._pressure(old))  # noqa: E731
+
+        def margin(old: Array, new: Array) -> Array:
+            pairs = ((old[0], new[0], self.density_floor), (self._pressure(old), self._pressure(new), self.pressure_floor))
+            left = [q - jnp.maximum(share * p, jnp.asarray(floor, base.dtype)) for p, q, floor in pairs]
+            return jnp.minimum(left[0], left[1])
+
         worst = jnp.min(stored(time, margin, jax.lax.stop_gradient(base), jax.lax.stop_gradient(new)))
         plain = lambda: (new, passing, nothing)  # noqa: E731
         if self.positivity:

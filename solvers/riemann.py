@@ -77,8 +77,11 @@ class _Waves(NamedTuple):
 
 def _waves(gamma: Array, left: Sequence[Array], right: Sequence[Array], axis: int, d: int) -> _Waves:
     """Sound speeds, S_L, S_R, ρ (S − v) on both sides, and the speed S* of the contact."""
-    (rho_l, v_l, p_l), (rho_r, v_r, p_r) = ((w[0], w[1 + axis], w[d + 1]) for w in (left, right))
-    sound_l, sound_r = jnp.sqrt(gamma * p_l / rho_l), jnp.sqrt(gamma * p_r / rho_r)
+    sides = [(w[0], w[1 + axis], w[d + 1]) for w in (left, right)]
+    (rho_l, v_l, p_l), (rho_r, v_r, p_r) = sides
+    # In gas so cold that v ± a rounds to v the waves would lie on top of one another.
+    least = jnp.asarray(4 * float(jnp.finfo(rho_l.dtype).eps), rho_l.dtype)
+    sound_l, sound_r = (jnp.maximum(jnp.sqrt(gamma * p / rho), least * jnp.abs(v)) for rho, v, p in sides)
     low, high = jnp.minimum(v_l - sound_l, v_r - sound_r), jnp.maximum(v_l + sound_l, v_r + sound_r)
     mass_l, mass_r = rho_l * (low - v_l), rho_r * (high - v_r)
     middle = (p_r - p_l + mass_l * v_l - mass_r * v_r) / (mass_l - mass_r)
@@ -139,10 +142,10 @@ def _hllc_jvp(axis: int, d: int, primals, tangents):
     s = _waves(gamma, left, right, axis, d)
     (rho_l, v_l, p_l), (rho_r, v_r, p_r) = ((w[0], w[1 + axis], w[d + 1]) for w in (left, right))
     (d_rho_l, d_v_l, d_p_l), (d_rho_r, d_v_r, d_p_r) = ((w[0], w[1 + axis], w[d + 1]) for w in (d_left, d_right))
-    # da = ½ a (dp/p − dρ/ρ + dγ/γ)
-    half_l, half_r = 0.5 * s.sound_l, 0.5 * s.sound_r
-    d_sound_l = (half_l / p_l) * d_p_l - (half_l / rho_l) * d_rho_l + (half_l / gamma) * d_gamma
-    d_sound_r = (half_r / p_r) * d_p_r - (half_r / rho_r) * d_rho_r + (half_r / gamma) * d_gamma
+    # da = (γ dp − γ (p/ρ) dρ + p dγ) / (2 ρ a)
+    per_l, per_r = 0.5 / (rho_l * s.sound_l), 0.5 / (rho_r * s.sound_r)
+    d_sound_l = (per_l * gamma) * d_p_l - (per_l * gamma * p_l / rho_l) * d_rho_l + (per_l * p_l) * d_gamma
+    d_sound_r = (per_r * gamma) * d_p_r - (per_r * gamma * p_r / rho_r) * d_rho_r + (per_r * p_r) * d_gamma
     slower = jnp.where(v_l - s.sound_l <= v_r - s.sound_r, 1, 0).astype(rho_l.dtype)
     faster = jnp.where(v_l + s.sound_l >= v_r + s.sound_r, 1, 0).astype(rho_l.dtype)
     d_low = slower * (d_v_l - d_sound_l) + (1 - slower) * (d_v_r - d_sound_r)
