@@ -47,13 +47,16 @@ class CompressibleFiniteVolume(AbstractSolver):
     - `equation`: `CompressibleNavierStokes`.
     - `reconstruction`: `plm_van_leer` (default), `plm_mc`, `ppm`, `weno5z`, or `constant`.
     - `riemann`: `hllc` (default), `hllc_low_mach`, `hlle`, or `llf`.
-    - `reconstruct`: `primitive` (default) or `characteristic` variables; these ring less behind strong shocks and cost more.
+    - `reconstruct`: `primitive` (default) or `characteristic` variables, those of the conserved state: they ring less behind strong
+      shocks, keep a high order in waves that are not weak, and cost more.
     - `positivity`: whether the total flux is limited so that density and pressure stay positive (default), as below.
     - `density_floor`, `pressure_floor`: bounds of ρ and p inside the primitive conversion.
 
-    Order 2 in space with `plm_*`; `ppm` and `weno5z` have order 3 and 5 in one dimension, and order 2 with smaller errors in two
-    and three, since each face has one flux point. Viscous terms are of order 2. Mass, momentum, energy and scalars are conserved
-    to rounding for any Flux closure; what enters through sides that are not periodic is in the ledger.
+    Order 2 in space with `plm_*`. In one dimension `ppm` and `weno5z` have order 3 and 5 with characteristic variables; with
+    primitive ones, whose means are taken from the means of the conserved ones, that holds while the gas is only advected or waves
+    are weak. In two and three dimensions they are of order 2 with smaller errors, since each face has one flux point. Viscous terms
+    are of order 2. Mass, momentum, energy and scalars are conserved to rounding for any Flux closure; what enters through sides
+    that are not periodic is in the ledger.
 
     **Positivity.** After each Euler step of a strong-stability-preserving method the cell means are looked at. Where density or
     pressure has all but vanished, the step is done again with θ < 1 at the faces that are to blame: the largest θ for which each
@@ -307,8 +310,10 @@ class CompressibleFiniteVolume(AbstractSolver):
         return guarded((changed[0], changed[1]), sides)
 
     def _by_characteristics(self, around: Array, scheme: Reconstruction, gamma: Array, axis: int) -> tuple[Array, Array]:
-        left, right = characteristic(channels_of(around), scheme, gamma, axis, self.grid.ndim)
-        return jnp.stack(left), jnp.stack(right)
+        w = channels_of(around)
+        sides = characteristic(w, self.equation.conserved_channels(w, self.grid.ndim), scheme, gamma, axis, self.grid.ndim)
+        left, right = (jnp.stack(self.equation.primitive_channels(side, self.grid.ndim)) for side in sides)
+        return left, right
 
     def _viscous(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> Channels:
         """−F_v: the flux of momentum by τ, of energy by τ·v and conduction, of scalars by diffusion; order 2."""
@@ -436,7 +441,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         return theta
 
     def _largest_share(self, safe: Float[Array, "c *faces"], full: Float[Array, "c *faces"]) -> Float[Array, "*faces"]:
-        """The largest θ for which safe + θ (full − safe) keeps ρ and p above `KEPT_SHARE` of those of `safe`, and off the floors."""
+        """The largest θ for which safe + θ (full − safe) keeps ρ and p above `KEPT_SHARE` of those of `safe`, off the floors."""
         share = jnp.asarray(KEPT_SHARE, safe.dtype)
 
         def least_of(q: Array, floor: float) -> Array:

@@ -1,6 +1,7 @@
 """What holds in every test: annotations are executed, ranks are never promoted silently, precision is restored."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 
@@ -12,6 +13,12 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _memory_maps() -> int:
+    """How many pieces of address space this process holds: compiled code takes several each, and Linux allows 65,530."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 @pytest.fixture
@@ -41,4 +48,6 @@ def _no_state_between_tests(tmp_path, monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "cache"))
     before = jax.config.jax_enable_x64
     yield
+    if _memory_maps() > 20_000:
+        jax.clear_caches()
     assert jax.config.jax_enable_x64 == before, "a test changed jax_enable_x64 and did not restore it: use the fixture x64"

