@@ -4,7 +4,6 @@ All channels are means over cells. The flux of every channel along axis a lives 
 """
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import equinox as eqx
@@ -16,20 +15,13 @@ from jaxtyping import Array, Float, PyTree
 from hybridsim.contract import AbstractSolver, Flux, Interpolation, PostStep, Real, Replacement, Source, Variable
 from hybridsim.grid import Grid, cell_mean
 from hybridsim.solvers import staggering
-from hybridsim.solvers.compressible import AXES, SIDES, Channels, CompressibleNavierStokes, channels_of, is_zero
-from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, Reconstruction, characteristic, null_space, windows
-from hybridsim.solvers.riemann import RIEMANN_SOLVERS, largest_speed, llf
-from hybridsim.solvers.staggering import part
-from hybridsim.solvers.stored import stored
+from hybridsim.solvers.compressible import AXES, SIDES, CompressibleNavierStokes, is_zero
+from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, null_space
+from hybridsim.solvers.riemann import RIEMANN_SOLVERS
+from hybridsim.solvers.sweep import Sweep
 
 EVENTS = ("floor_events", "floor_mass", "floor_energy", "limited_faces", "bound_violations")
 """What the solver keeps count of, besides what was injected and radiated."""
-
-KEPT_SHARE = 1e-2
-"""The positivity limiter leaves at least this share of the density and pressure that the first-order scheme would give."""
-
-SUSPICIOUS_SHARE = 5e-2
-"""A cell whose density or pressure falls below this share of itself in one stage calls for the positivity limiter."""
 
 
 class CompressibleFiniteVolume(AbstractSolver):
@@ -118,7 +110,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         return self
 
     def encode(self, u: Float[Array, "c *grid"]) -> PyTree:
-        events = jnp.zeros((len(EVENTS),), u.dtype).at[:3].set(self._floors(u))
+        events = jnp.zeros((len(EVENTS),), u.dtype).at[:3].set(self._sweep.floors(u))
         z = {"u": u, "injected": jnp.zeros((u.shape[0] + 1,), u.dtype), "events": events}
         if self.equation.forcing is not None:
             z["memory"] = self.equation.forcing.init_memory(self.grid)
@@ -188,356 +180,59 @@ class CompressibleFiniteVolume(AbstractSolver):
         """What `euler` will use for the output of an Interpolation closure."""
         return {"weights": weights}
 
-    # -- primitive variables ----------------------------------------------------------------------------------------------------
-
-    def _primitive(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
-        """W, with ρ and p no lower than their floors."""
-        d, (rho, *others) = self.grid.ndim, channels_of(u)
-        w = self.equation.primitive_channels([jnp.maximum(rho, jnp.asarray(self.density_floor, u.dtype)), *others], d)
-        w[d + 1] = jnp.maximum(w[d + 1], jnp.asarray(self.pressure_floor, u.dtype))
-        return jnp.stack(w)
-
-    def _pressure(self, u: Float[Array, "c *grid"]) -> Float[Array, "*grid"]:
-        """p without a floor."""
-        rho, *others = channels_of(u)
-        w = self.equation.primitive_channels([jnp.maximum(rho, jnp.asarray(self.density_floor, u.dtype)), *others], self.grid.ndim)
-        return w[self.grid.ndim + 1]
-
-    def _floors(self, u: Float[Array, "c *grid"]) -> Float[Array, "3"]:
-        """(cells below a floor, and the box means of the mass and the energy that the floors stand for)."""
-        u = jax.lax.stop_gradient(u)
-        low, high = jnp.asarray(self.density_floor, u.dtype), jnp.asarray(self.pressure_floor, u.dtype)
-        p = self._pressure(u)
-        mass = jnp.maximum(low - u[0], 0)
-        energy = jnp.maximum(high - p, 0) / (jax.lax.stop_gradient(jnp.asarray(self.equation.gamma, u.dtype)) - 1)
-        return jnp.stack([jnp.sum((u[0] < low) | (p < high)).astype(u.dtype), jnp.mean(mass), jnp.mean(energy)])
-
-    def _beyond(self, u: Float[Array, "c *grid"], axis: int, side: int, halo: int, t: Real) -> Float[Array, "c *ghosts"]:
-        """`halo` layers of conserved variables beyond one side, in the order of the axis."""
-        n, kind, d = self.grid.shape[axis], self.grid.boundaries[axis][side], self.grid.ndim
-        if kind == "fixed":
-            h = self.grid.spacing[axis]
-            along = (np.arange(-halo, 0) + 0.5) * h if side == 0 else self.grid.lengths[axis] + (np.arange(halo) + 0.5) * h
-            position = [
-                jnp.asarray((along if a == axis else x).reshape([-1 if b == a else 1 for b in range(d)]), u.dtype)
-                for a, x in enumerate(self.grid.coordinates(self.grid.centre))
-            ]
-            given = self.equation.boundary_state[f"{AXES[axis]}_{SIDES[side]}"](position, t)
-            shape = tuple(halo if a == axis else m for a, m in enumerate(self.grid.shape))
-            return self.equation.conserved(jnp.stack([jnp.broadcast_to(q.astype(u.dtype), shape) for q in given]))
-        if kind == "reflecting":
-            layers = part(u, 0, halo, axis + 1) if side == 0 else part(u, n - halo, n, axis + 1)
-            return self._mirrored(jnp.flip(layers, axis + 1), axis)
-        edge = part(u, 0, 1, axis + 1) if side == 0 else part(u, n - 1, n, axis + 1)
-        return jnp.concatenate([edge] * halo, axis + 1)
-
-    def _mirrored(self, u: Float[Array, "c *grid"], axis: int) -> Float[Array, "c *grid"]:
-        """The momentum along `axis` with the other sign."""
-        return jnp.concatenate([u[: axis + 1], -u[axis + 1 : axis + 2], u[axis + 2 :]])
-
-    def _around(self, u: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> tuple[Array, Array, Array]:
-        """(below, inside, above): `halo` layers beyond both sides of `axis`."""
-        n = self.grid.shape[axis]
-        if self.grid.periodic[axis]:
-            return part(u, n - halo, n, axis + 1), u, part(u, 0, halo, axis + 1)
-        return self._beyond(u, axis, 0, halo, t), u, self._beyond(u, axis, 1, halo, t)
-
-    def _extended(self, u: Float[Array, "c *grid"], axis: int, halo: int, t: Real) -> Float[Array, "c *more"]:
-        """The primitive variables of u with `halo` more layers on both sides of `axis`.
-
-        Made from u for each axis again: a bare concatenation runs on one thread and would cost a pass of its own.
-        """
-        return stored(t, lambda three: self._primitive(jnp.concatenate(three, axis + 1)), self._around(u, axis, halo, t))
-
-    def _extended_everywhere(self, u: Float[Array, "c *grid"], t: Real) -> Float[Array, "c *more"]:
-        """The primitive variables of u with one more layer on all sides, corners included."""
-        d, out = self.grid.ndim, u
-        for axis, n in enumerate(self.grid.shape):
-            ghosts = []
-            for side, kind in enumerate(self.grid.boundaries[axis]):
-                if kind == "periodic":
-                    at = 0 if side else n - 1
-                else:
-                    at = side * (n - 1)
-                edge = part(out, at, at + 1, axis + 1)
-                if kind == "reflecting":
-                    edge = self._mirrored(edge, axis)
-                elif kind == "fixed":
-                    edge = self._beyond(u, axis, side, 1, t)
-                    for a in range(axis):
-                        width = [(1, 1) if b == a + 1 else (0, 0) for b in range(d + 1)]
-                        edge = jnp.pad(edge, width, mode="wrap" if self.grid.periodic[a] else "edge")
-                ghosts.append(edge)
-            out = jnp.concatenate([ghosts[0], out, ghosts[1]], axis + 1)
-        return self._primitive(out)
-
-    # -- fluxes -----------------------------------------------------------------------------------------------------------------
-
-    def _face_states(
-        self, u: Float[Array, "c *grid"], axis: int, scheme: Reconstruction, t: Real, weights: Array | None
-    ) -> tuple[Float[Array, "c *faces"], Float[Array, "c *faces"]]:
-        """(W_L, W_R) at the n + 1 faces; first order where the scheme would all but lose density or pressure."""
-        d = self.grid.ndim
-        around = self._extended(u, axis, scheme.halo, t)
-        if self.reconstruct == "characteristic" and scheme.order > 1:
-            gamma = jnp.asarray(self.equation.gamma, u.dtype)
-            sides = stored(t, lambda q: self._by_characteristics(q, scheme, gamma, axis), around)
-        else:
-            given = scheme.edges
-            edges = None if given is None else stored(t, lambda q: given(q, axis + 1), around)
-            sides = stored(t, lambda q, e: scheme.faces(q, e, axis + 1), around, edges)
-        owns = [part(around, scheme.halo - 1 + k, around.shape[axis + 1] - scheme.halo + k, axis + 1) for k in range(2)]
-
-        def guarded(states: tuple[Array, Array], others: Sequence[Array]) -> tuple[Array, Array]:
-            """The states, or the others where they would all but lose density or pressure."""
-            share, out = jnp.asarray(KEPT_SHARE, u.dtype), []
-            for state, other, own in zip(states, others, owns, strict=True):
-                good = (state[0] > share * own[0]) & (state[d + 1] > share * own[d + 1])
-                out.append(jnp.where(good[None], state, other))
-            return out[0], out[1]
-
-        if scheme.order > 2 or self.reconstruct == "characteristic":
-            sides = guarded(sides, owns)
-        if weights is None:
-            return sides
-        changed, cells = list(sides), windows(around, scheme.halo, axis + 1)
-        for f, row in enumerate(null_space(self.reconstruction)):
-            for k, order in enumerate((row, row[::-1])):
-                combined = order[0].item() * cells[0]
-                for x, cell in zip(order[1:], cells[1:], strict=True):
-                    combined = combined + x.item() * cell
-                changed[k] = changed[k] + weights[k, :, f] * combined
-        return guarded((changed[0], changed[1]), sides)
-
-    def _by_characteristics(self, around: Array, scheme: Reconstruction, gamma: Array, axis: int) -> tuple[Array, Array]:
-        w = channels_of(around)
-        sides = characteristic(w, self.equation.conserved_channels(w, self.grid.ndim), scheme, gamma, axis, self.grid.ndim)
-        left, right = (jnp.stack(self.equation.primitive_channels(side, self.grid.ndim)) for side in sides)
-        return left, right
-
-    def _viscous(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> Channels:
-        """−F_v: the flux of momentum by τ, of energy by τ·v and conduction, of scalars by diffusion; order 2."""
-        d, spacing = self.grid.ndim, self.grid.spacing
-        around = channels_of(self._extended_everywhere(u, t))
-
-        def cells(q: Array, along: int, across: int | None = None, offset: int = 0) -> Array:
-            """Values beside the faces: `along` 0 or 1 cells further on the axis, `offset` aside on `across`."""
-            start, stop = [1] * d, [1 + n for n in self.grid.shape]
-            start[axis], stop[axis] = along, along + self.grid.shape[axis] + 1
-            if across is not None:
-                start[across], stop[across] = start[across] + offset, stop[across] + offset
-            return jax.lax.slice(q, start, stop)
-
-        def mean(q: Array) -> Array:
-            return 0.5 * (cells(q, 0) + cells(q, 1))
-
-        def slope(q: Array, b: int) -> Array:
-            if b == axis:
-                return (cells(q, 1) - cells(q, 0)) / spacing[axis]
-            ahead, behind = (cells(q, 0, b, o) + cells(q, 1, b, o) for o in (1, -1))
-            return (ahead - behind) / (4 * spacing[b])
-
-        rho, v = around[0], around[1 : d + 1]
-        temperature = around[d + 1] / rho
-        mu = self.equation.dynamic_viscosity(mean(temperature))
-        gamma = jnp.asarray(self.equation.gamma, u.dtype)
-        heat = gamma / (gamma - 1) / jnp.asarray(self.equation.prandtl, u.dtype)
-        along = [slope(v[b], axis) for b in range(d)]
-        dilatation = along[axis]
-        for b in range(d):
-            if b != axis:
-                dilatation = dilatation + slope(v[b], b)
-        stress = [mu * (q + (along[axis] if b == axis else slope(v[axis], b))) for b, q in enumerate(along)]
-        stress[axis] = stress[axis] - (2 / 3) * mu * dilatation
-        energy = heat * mu * slope(temperature, axis)
-        for b in range(d):
-            energy = energy + stress[b] * mean(v[b])
-        scalars = [
-            jnp.asarray(kappa, u.dtype) * mean(rho) * slope(q, axis)
-            for kappa, q in zip(self.equation.scalars.values(), around[d + 2 :], strict=True)
-        ]
-        return [jnp.zeros_like(energy), *(-q for q in stress), -energy, *(-q for q in scalars)]
-
-    def _total_flux(
-        self, u: Float[Array, "c *grid"], extra: PyTree, axis: int, t: Real, scheme: Reconstruction
-    ) -> Float[Array, "c *faces"]:
-        """The flux of the scheme, of viscosity and of closures at the n + 1 faces along `axis`."""
-        d = self.grid.ndim
-        with jax.named_scope(f"flux_{AXES[axis]}"):
-            weights = None
-            if "weights" in extra and scheme.order > 1:
-                weights = self._on_all_faces(extra["weights"][axis], axis, 3)
-            left, right = self._face_states(u, axis, scheme, t, weights)
-
-            def summed(left: Array, right: Array, u: Array, given: list[Array]) -> Array:
-                flux = RIEMANN_SOLVERS[self.riemann](self.equation, channels_of(left), channels_of(right), axis, d)
-                if not self.equation.ideal:
-                    flux = [f + g for f, g in zip(flux, self._viscous(u, axis, t), strict=True)]
-                total = jnp.stack(flux)
-                return total + self._on_all_faces(given[0], axis, 1) if given else total
-
-            return stored(t, summed, left, right, u, [extra["flux"][axis]] if "flux" in extra else [])
-
-    def _on_all_faces(self, q: Array, axis: int, lead: int) -> Array:
-        """What a closure gives at the right faces, at all n + 1 faces: nothing passes sides that are not periodic."""
-        n, along = self.grid.shape[axis], axis + lead
-        if self.grid.periodic[axis]:
-            return jnp.concatenate([part(q, n - 1, n, along), q], along)
-        zero = jnp.zeros_like(part(q, 0, 1, along))
-        return jnp.concatenate([zero, part(q, 0, n - 1, along), zero], along)
-
-    def _passing(self, flux: Float[Array, "c *faces"], axis: int, dt: Real) -> Float[Array, " c"]:
-        """What the sides of `axis` add to the box means, if it is not periodic."""
-        if self.grid.periodic[axis]:
-            return jnp.zeros((flux.shape[0],), flux.dtype)
-        n, over = self.grid.shape[axis], tuple(range(1, flux.ndim))
-        net = part(flux, 0, 1, axis + 1).mean(over) - part(flux, n, n + 1, axis + 1).mean(over)
-        return (dt / self.grid.lengths[axis]) * net
-
-    # -- positivity -------------------------------------------------------------------------------------------------------------
-
-    def _neighbours(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> tuple[Channels, Channels, Array]:
-        """The cells on both sides of each face along `axis`, and α/Δx there."""
-        n, h = self.grid.shape[axis], self.grid.spacing[axis]
-        around = self._extended(u, axis, 1, t)
-        left, right = (channels_of(part(around, k, k + n + 1, axis + 1)) for k in (0, 1))
-        return left, right, largest_speed(self.equation, left, right, axis, self.grid.ndim) / h
-
-    def _cell_speed(self, u: Float[Array, "c *grid"], axis: int, t: Real) -> Float[Array, "*grid"]:
-        """The larger α/Δx of the two faces of each cell along `axis`."""
-        n, speed = self.grid.shape[axis], self._neighbours(u, axis, t)[2]
-        return jnp.maximum(part(speed, 0, n, axis), part(speed, 1, n + 1, axis))
-
-    def _cell_speeds(self, u: Float[Array, "c *grid"], t: Real) -> Float[Array, "*grid"]:
-        """Σ_a α_a/Δx_a of each cell."""
-        total = self._cell_speed(u, 0, t)
-        for axis in range(1, self.grid.ndim):
-            total = total + self._cell_speed(u, axis, t)
-        return total
-
-    def limiter_dt(self, u: Float[Array, "c *grid"], t: Real | float = 0.0) -> Real:
-        """½ / max Σ_a α_a/Δx_a: the largest Δt for which the limiter keeps ρ and p positive."""
-        return 0.5 / jnp.max(self._cell_speeds(u, jnp.asarray(t, u.dtype)))
-
-    def _share(self, u: Float[Array, "c *grid"], total: Array, high: Array, axis: int, t: Real, dt: Real) -> Float[Array, "*faces"]:
-        """θ at the n + 1 faces along `axis`, for the cells of `u` with `total` = Σ α/Δx."""
-        d, n = self.grid.ndim, self.grid.shape[axis]
-        left, right, _ = self._neighbours(u, axis, t)
-        low = jnp.stack(llf(self.equation, left, right, axis, d))
-        # Each cell is a mean of states, one per face, with weights in proportion to the speeds along the axes.
-        factor = 2 * dt * total / (self._cell_speed(u, axis, t) * self.grid.spacing[axis])
-        first, last = part(factor, 0, 1, axis), part(factor, n - 1, n, axis)
-        scale = jnp.concatenate([last, factor, first] if self.grid.periodic[axis] else [first, factor, last], axis)
-        theta = jnp.ones_like(low[0])
-        for side, (sign, inner) in enumerate(((-1.0, left), (1.0, right))):
-            cells = jnp.stack(self.equation.conserved_channels(inner, d))
-            step = sign * part(scale, side, side + n + 1, axis)[None]
-            found = self._largest_share(cells + step * low, cells + step * high)
-            if not self.grid.periodic[axis]:
-                # Ghost cells need not stay positive.
-                at = jax.lax.broadcasted_iota(jnp.int32, found.shape, axis)
-                found = jnp.where(at == side * n, 1, found)
-            theta = jnp.minimum(theta, found)
-        return theta
-
-    def _largest_share(self, safe: Float[Array, "c *faces"], full: Float[Array, "c *faces"]) -> Float[Array, "*faces"]:
-        """The largest θ for which safe + θ (full − safe) keeps ρ and p above `KEPT_SHARE` of those of `safe`, off the floors."""
-        share = jnp.asarray(KEPT_SHARE, safe.dtype)
-
-        def least_of(q: Array, floor: float) -> Array:
-            # Twice the floor, so that rounding does not carry a cell below it; a flux of first order may go where it must.
-            return jnp.maximum(share * q, jnp.minimum(q, jnp.asarray(2 * floor, q.dtype)))
-
-        least = least_of(safe[0], self.density_floor)
-        falls = full[0] < least
-        theta = jnp.where(falls, (safe[0] - least) / jnp.where(falls, safe[0] - full[0], 1), 1)
-        p_safe, p = self._pressure(safe), self._pressure(safe + theta[None] * (full - safe))
-        least = least_of(p_safe, self.pressure_floor)
-        falls = p < least
-        # The pressure is concave along the segment, so the chord is a lower bound.
-        second = jnp.where(falls, (p_safe - least) / jnp.where(falls, p_safe - p, 1), 1)
-        possible = (safe[0] > 0) & (p_safe > 0)
-        return jnp.where(possible, jnp.clip(theta * second, 0, 1), 0)
-
-    def _limited(self, theta: Array, u: Array, high: Array, axis: int, t: Real) -> Float[Array, "c *faces"]:
-        """(1 − θ) F_LLF + θ F."""
-        left, right, _ = self._neighbours(u, axis, t)
-        low = jnp.stack(llf(self.equation, left, right, axis, self.grid.ndim))
-        return low + theta[None] * (high - low)
-
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
     def linear(self) -> PyTree | None:
         return None
 
+    @property
+    def _sweep(self) -> Sweep:
+        return Sweep(
+            self.grid,
+            self.equation,
+            self.reconstruction,
+            self.riemann,
+            self.reconstruct,
+            self.density_floor,
+            self.pressure_floor,
+        )
+
+    def limiter_dt(self, u: Float[Array, "c *grid"], t: Real | float = 0.0) -> Real:
+        """½ / max Σ_a α_a/Δx_a: the largest Δt for which the limiter keeps ρ and p positive."""
+        return 0.5 / jnp.max(self._sweep.cell_speeds(u, jnp.asarray(t, u.dtype)))
+
     def explicit(self, z, t, tendency):
         """dz/dt without the positivity limiter; `euler` is what steppers use."""
         u = z["u"]
-        extra = tendency(z, t) or {}
         one = jnp.ones((), u.dtype)
-        rate, passing, _ = self._swept(jnp.zeros_like(u), u, extra, jnp.asarray(t, u.dtype), one, self.reconstruction)
-        injected = jnp.concatenate([passing, jnp.zeros((1,), u.dtype)])
-        return {"u": rate, "injected": injected, "events": jnp.zeros_like(z["events"])}
-
-    def _swept(
-        self, base: Array, u: Array, extra: PyTree, t: Real, dt: Real, scheme: str, limit: bool = False
-    ) -> tuple[Float[Array, "c *grid"], Float[Array, " c"], Float[Array, "2"]]:
-        """(`base` + Δt dŪ/dt(u), what came through the sides, what the limiter did), one axis after another."""
-        new = base
-        passing, count = jnp.zeros((u.shape[0],), u.dtype), jnp.zeros((), u.dtype)
-        beyond = jnp.zeros((), bool)
-        if limit:
-            # The mean that must stay positive is that of `base`.
-            total = stored(t, lambda base: self._cell_speeds(base, t), base)
-            slack = 1 + 16 * float(jnp.finfo(u.dtype).eps)
-            beyond = dt * jnp.max(total) > jnp.asarray(0.5 * slack, u.dtype)
-        for axis, (n, h) in enumerate(zip(self.grid.shape, self.grid.spacing, strict=True)):
-            flux = self._total_flux(u, extra, axis, t, RECONSTRUCTIONS[scheme])
-            if limit:
-                theta = stored(
-                    t, lambda base, total, flux, axis=axis: self._share(base, total, flux, axis, t, dt), base, total, flux
-                )
-                flux = stored(t, lambda theta, base, flux, axis=axis: self._limited(theta, base, flux, axis, t), theta, base, flux)
-                count = count + jnp.sum(part(theta, 1, n + 1, axis) < 1).astype(u.dtype)
-            passing = passing + self._passing(flux, axis, dt)
-
-            def updated(q: Array, flux: Array, axis: int = axis, n: int = n, h: float = h) -> Array:
-                return q - (dt / h) * (part(flux, 1, n + 1, axis + 1) - part(flux, 0, n, axis + 1))
-
-            new = stored(t, updated, new, flux)
-        if "source" in extra:
-            new = new + dt * extra["source"]
-        return new, passing, jnp.stack([count, beyond.astype(u.dtype)])
+        stage = self._sweep(jnp.zeros_like(u), u, tendency(z, t) or {}, jnp.asarray(t, u.dtype), one)
+        injected = jnp.concatenate([stage.passed, jnp.zeros((1,), u.dtype)])
+        return {"u": stage.new, "injected": injected, "events": jnp.zeros_like(z["events"])}
 
     def euler(self, z, t, dt, tendency, at=None, rough=False):
-        base = z["u"]
+        base, sweep = z["u"], self._sweep
         time = jnp.asarray(t, base.dtype)
         from_ = z if at is None else at
+        u = None if at is None else at["u"]
         extra = tendency(from_, t) or {}
-        scheme = "constant" if rough else self.reconstruction
-        new, passing, _ = self._swept(base, from_["u"], extra, time, dt, scheme)
+        stage = sweep(base, u, extra, time, dt, rough)
         nothing = jnp.zeros((len(EVENTS),), base.dtype)
 
-        def again(base: Array, u: Array, extra: PyTree) -> tuple[Array, Array, Array]:
-            safe, through, limited = self._swept(base, base if at is None else u, extra, time, dt, scheme, limit=True)
-            return safe, through, jnp.concatenate([self._floors(safe), limited])
+        def again(base: Array, u: Array | None, extra: PyTree) -> tuple[Array, Array, Array]:
+            safe = sweep(base, u, extra, time, dt, rough, limit=True)
+            slack = 1 + 16 * float(jnp.finfo(base.dtype).eps)
+            beyond = dt > jnp.asarray(slack, base.dtype) * safe.limiter_dt
+            did = jnp.stack([safe.limited, beyond.astype(base.dtype)])
+            return safe.new, safe.passed, jnp.concatenate([sweep.floors(safe.new), did])
 
-        def counted(new: Array, passing: Array) -> tuple[Array, Array, Array]:
-            return new, passing, nothing.at[:3].set(self._floors(new))
+        def counted(new: Array, passed: Array) -> tuple[Array, Array, Array]:
+            return new, passed, nothing.at[:3].set(sweep.floors(new))
 
-        share = jnp.asarray(SUSPICIOUS_SHARE if self.positivity else 0, base.dtype)
-
-        def margin(old: Array, new: Array) -> Array:
-            pairs = ((old[0], new[0], self.density_floor), (self._pressure(old), self._pressure(new), self.pressure_floor))
-            left = [q - jnp.maximum(share * p, jnp.asarray(floor, base.dtype)) for p, q, floor in pairs]
-            return jnp.minimum(left[0], left[1])
-
-        worst = jnp.min(stored(time, margin, jax.lax.stop_gradient(base), jax.lax.stop_gradient(new)))
-        plain = lambda: (new, passing, nothing)  # noqa: E731
+        plain = lambda: (stage.new, stage.passed, nothing)  # noqa: E731
         if self.positivity:
-            done = jax.lax.cond(worst > 0, plain, lambda: jax.checkpoint(again)(base, from_["u"], extra))
+            done = jax.lax.cond(stage.margin > 0, plain, lambda: jax.checkpoint(again)(base, u, extra))
         else:
-            done = jax.lax.cond(worst > 0, plain, lambda: counted(new, passing))
+            done = jax.lax.cond(stage.margin > 0, plain, lambda: counted(stage.new, stage.passed))
         injected = z["injected"] + jnp.concatenate([done[1], jnp.zeros((1,), base.dtype)])
         return {**from_, "u": done[0], "injected": injected, "events": from_["events"] + done[2]}
 
@@ -568,7 +263,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         """E ← E − ρ (T − T')/(γ − 1), T' after Δt of cooling at constant density."""
         d, u, cooling = self.grid.ndim, z["u"], self.equation.cooling
         assert cooling is not None
-        w = self._primitive(u)
+        w = self._sweep.primitive(u)
         gamma = jnp.asarray(self.equation.gamma, u.dtype)
         energy = u[d + 1] - w[0] * cooling.drop(w[d + 1] / w[0], w[0], dt, gamma) / (gamma - 1)
         # What has left the state, rounding included.
@@ -583,7 +278,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         number ½ of the waves alone.
         """
         d = self.grid.ndim
-        w = self._primitive(u)
+        w = self._sweep.primitive(u)
         gamma = jnp.asarray(self.equation.gamma, u.dtype)
         sound = jnp.sqrt(gamma * w[d + 1] / w[0])
         rate = jnp.zeros_like(sound)
