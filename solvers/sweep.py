@@ -2,7 +2,7 @@
 
 Most of the time of a step goes to moving intermediate results to memory and back. Where the cells outnumber what a cache holds,
 the sweep takes the grid in slabs along its first axis, one after another, each with the layers of its neighbours that the scheme
-looks at.
+looks at. The backward pass keeps the arguments of each sweep and evaluates it again, slab by slab.
 """
 
 import dataclasses
@@ -252,14 +252,14 @@ class Sweep(eqx.Module):
                 weights = self._on_all_faces(extra["weights"][axis], extra.get("first_weights"), axis, 3)
             left, right = self._face_states(u, axis, scheme, t, weights)
 
-            def summed(left: Array, right: Array, u: Array, given: list[Array]) -> Array:
+            def summed(left: Array, right: Array, u: Array, given: tuple[Array, Array | None] | None) -> Array:
                 flux = RIEMANN_SOLVERS[self.riemann](self.equation, channels_of(left), channels_of(right), axis, d)
                 if not self.equation.ideal:
                     flux = [f + g for f, g in zip(flux, self._viscous(u, axis, t), strict=True)]
                 total = jnp.stack(flux)
-                return total + self._on_all_faces(given[0], given[1], axis, 1) if given else total
+                return total if given is None else total + self._on_all_faces(*given, axis, 1)
 
-            given = [extra["flux"][axis], extra.get("first_flux")] if "flux" in extra else []
+            given = (extra["flux"][axis], extra.get("first_flux")) if "flux" in extra else None
             return stored(t, summed, left, right, u, given)
 
     def _on_all_faces(self, q: Array, first: Array | None, axis: int, lead: int) -> Array:
@@ -352,29 +352,40 @@ class Sweep(eqx.Module):
         limit: bool = False,
     ) -> Stage:
         """`base` + Δt dŪ/dt(`u`), u = `base` where it is None; `rough`: first order; `limit`: with the positivity limiter."""
-        aids: PyTree = {}
-        limiter_dt = jnp.full((), jnp.inf, base.dtype)
-        if limit:
-            # The mean that must stay positive is that of `base`.
-            total = stored(t, lambda q: self.cell_speeds(q, t), base)
-            limiter_dt = 0.5 / jnp.max(total)
-            aids = {"total": total, "factor": stored(t, lambda q, total: self._factor(q, total, 0, t, dt), base, total)}
-        slabs = self._slabs()
+        slabs, limiter_dt = self._slabs(), jnp.full((), jnp.inf, base.dtype)
         if slabs == 1:
+            aids: PyTree = {}
             if limit:
-                aids["factor_ends"] = self._wrapped(aids["factor"], 0)
-            new, through, limited, margin = self._all_axes(base, u, extra, aids, t, dt, rough)
+                aids = self._speeds(base, t, dt)
+                aids["factor_ends"] = self._wrapped(aids["factor"], 0, 0)
+                limiter_dt = 0.5 / jnp.max(aids["total"])
+
+            def whole(base: Array, u: Array | None, extra: PyTree, aids: PyTree) -> tuple:
+                return self._all_axes(base, u, extra, aids, t, dt, rough)
+
+            new, through, limited, margin = jax.checkpoint(whole)(base, u, extra, aids)
         else:
-            pieces = self._cut(base, u, extra, aids, t, slabs)
             shape = (self.grid.shape[0] // slabs, *self.grid.shape[1:])
             lengths = (shape[0] * self.grid.spacing[0], *self.grid.lengths[1:])
-            slab = Grid(shape, lengths, (("outflow", "outflow"), *self.grid.boundaries[1:]))
+            slab = dataclasses.replace(self, grid=Grid(shape, lengths, (("outflow", "outflow"), *self.grid.boundaries[1:])))
+            pieces = self._cut(base, u, extra, t, slabs)
+            if limit:
+                below, _, above = self._around(base, 0, 1, t)
+                ends = _between(pieces["base"], 2, below, above)
+
+                def speeds(_: None, piece: PyTree) -> tuple[None, PyTree]:
+                    return None, dataclasses.replace(slab, ends=piece[1])._speeds(piece[0], t, dt)
+
+                _, aids = jax.lax.scan(speeds, None, (pieces["base"], ends))
+                limiter_dt = 0.5 / jnp.max(aids["total"])
+                outside = [self._wrapped(_joined(aids["factor"], 0), 0, 0)[k] for k in range(2)]
+                pieces["aids"] = {**aids, "factor_ends": _between(aids["factor"], 1, *outside), "base_ends": ends}
 
             def one(_: None, piece: PyTree) -> tuple[None, tuple]:
-                there = dataclasses.replace(self, grid=slab, ends=piece["ends"])
+                there = dataclasses.replace(slab, ends=piece["ends"])
                 return None, there._all_axes(piece["base"], piece["u"], piece["extra"], piece["aids"], t, dt, rough)
 
-            _, (new, through, limited, margin) = jax.lax.scan(one, None, pieces)
+            _, (new, through, limited, margin) = jax.lax.scan(jax.checkpoint(one), None, pieces)
             new = _joined(new, 1)
             # Between slabs nothing is gained or lost.
             through = jnp.concatenate([jnp.stack([through[:1, 0, 0], through[-1:, 0, 1]], 1), through[:, 1:].mean(axis=0)])
@@ -395,37 +406,33 @@ class Sweep(eqx.Module):
         fitting = [k for k in possible if math.prod(self.grid.shape) <= k * SLAB_CELLS]
         return min(fitting, default=max(possible, default=1))
 
-    def _wrapped(self, q: Float[Array, "*grid"], axis: int) -> tuple[Array, Array]:
-        """The layers beyond both sides of `axis`; 0 beyond sides that are not periodic."""
+    def _wrapped(self, q: Array, axis: int, lead: int) -> tuple[Array, Array]:
+        """The layers beyond both sides of `axis`, which has `lead` others in front; 0 beyond sides that are not periodic."""
         n = self.grid.shape[axis]
-        ends = part(q, n - 1, n, axis), part(q, 0, 1, axis)
+        ends = part(q, n - 1, n, axis + lead), part(q, 0, 1, axis + lead)
         return ends if self.grid.periodic[axis] else (jnp.zeros_like(ends[0]), jnp.zeros_like(ends[1]))
 
-    def _cut(self, base: Array, u: Array | None, extra: PyTree, aids: PyTree, t: Real, slabs: int) -> dict[str, Any]:
+    def _speeds(self, base: Array, t: Real, dt: Real) -> dict[str, Array]:
+        """Σ_a α_a/Δx_a, and λ along the first axis, of the means that must stay positive."""
+        total = stored(t, lambda q: self.cell_speeds(q, t), base)
+        return {"total": total, "factor": stored(t, lambda q, total: self._factor(q, total, 0, t, dt), base, total)}
+
+    def _cut(self, base: Array, u: Array | None, extra: PyTree, t: Real, slabs: int) -> dict[str, Any]:
         """The arguments of `_all_axes` and the `ends` of every slab, in a new first axis."""
-        halo = max(RECONSTRUCTIONS[self.reconstruction].halo, 1)
         pieces: dict[str, Any] = {"base": _divided(base, 1, slabs), "u": None if u is None else _divided(u, 1, slabs)}
-        from_ = base if u is None else u
-        below, _, above = self._around(from_, 0, halo, t)
+        below, _, above = self._around(base if u is None else u, 0, RECONSTRUCTIONS[self.reconstruction].halo, t)
         pieces["ends"] = _between(pieces["base" if u is None else "u"], 2, below, above)
-        cut: PyTree = {name: _divided(extra[name], 1, slabs) for name in ("source",) if name in extra}
+        cut: PyTree = {"source": _divided(extra["source"], 1, slabs)} if "source" in extra else {}
         for name, lead in (("flux", 1), ("weights", 3)):
             if name in extra:
                 # As `_on_all_faces` has it.
-                lowest, _ = self._wrapped(extra[name][0], lead)
                 along = extra[name][0]
+                lowest, _ = self._wrapped(along, 0, lead)
                 if not self.grid.periodic[0]:
-                    n = self.grid.shape[0]
-                    along = jnp.concatenate([part(along, 0, n - 1, lead), jnp.zeros_like(lowest)], lead)
-                divided = [_divided(q, lead, slabs) for q in (along, *extra[name][1:])]
-                cut[name] = divided
-                cut[f"first_{name}"] = _between(divided[0], lead + 1, lowest, lowest)[0]
-        helped: PyTree = {name: _divided(q, 0, slabs) for name, q in aids.items()}
-        if aids:
-            helped["factor_ends"] = _between(helped["factor"], 1, *self._wrapped(aids["factor"], 0))
-            below, _, above = self._around(base, 0, 1, t)
-            helped["base_ends"] = _between(pieces["base"], 2, below, above)
-        return {**pieces, "extra": cut, "aids": helped}
+                    along = jnp.concatenate([part(along, 0, self.grid.shape[0] - 1, lead), lowest], lead)
+                cut[name] = [_divided(q, lead, slabs) for q in (along, *extra[name][1:])]
+                cut[f"first_{name}"] = _between(cut[name][0], lead + 1, lowest, lowest)[0]
+        return {**pieces, "extra": cut, "aids": {}}
 
     def _all_axes(
         self, base: Array, u: Array | None, extra: PyTree, aids: PyTree, t: Real, dt: Real, rough: bool
@@ -444,7 +451,7 @@ class Sweep(eqx.Module):
                         factor, (below, above) = aids["factor"], aids["factor_ends"]
                     else:
                         factor = at_base._factor(base, aids["total"], axis, t, dt)
-                        below, above = self._wrapped(factor, axis)
+                        below, above = self._wrapped(factor, axis, 0)
                     return at_base._share(base, jnp.concatenate([below, factor, above], axis), flux, axis, t)
 
                 theta = stored(t, shares, base, flux, aids)

@@ -1,6 +1,7 @@
 """The compressible solver against exact and published solutions: waves, shocks, vortices, viscosity, and what it must conserve."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from hybridsim.check import wide_values
 from hybridsim.contract import Source
 from hybridsim.grid import Grid, cell_mean
 from hybridsim.model import Model
+from hybridsim.solvers import sweep
 from hybridsim.solvers.compressible import UniformInflow
 from hybridsim.solvers.steppers import SSPRK2, SSPRK3, VL2
 
@@ -834,3 +836,50 @@ def test_density_fluctuations_of_decaying_turbulence(case, mach):
     ratio = np.array(found) / table[:, 1]
     print("Mach", mach, "ρ_rms over the published", ratio.round(3))
     assert np.abs(ratio - 1).max() <= 0.2
+
+
+# --- slabs -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "reconstruct", "boundary", "viscosity", "dims", "limit"),
+    [
+        ("plm_van_leer", "primitive", "periodic", 0.0, 2, False),
+        ("weno5z", "primitive", "outflow", 1e-2, 2, True),
+        slow("ppm", "characteristic", "reflecting", 0.0, 3, True),
+        slow("plm_mc", "primitive", "fixed", 1e-2, 3, True),
+        slow("plm_van_leer", "primitive", "periodic", 1e-2, 3, False),
+    ],
+)
+def test_slabs_change_nothing(monkeypatch, rng, reconstruction, reconstruct, boundary, viscosity, dims, limit):
+    """A grid in slabs and the same grid at once: values, what passes the sides, the limiter's work; or else gradients."""
+    grid = Grid((24, 6, 5)[:dims], (3.0, 0.75, 0.625)[:dims], (boundary, "reflecting", "periodic")[:dims])
+    speeds = (2.0, 0.0, 0.0)[:dims]
+    state = {side: UniformInflow(1.0, speeds, 1.0) for side in ("x_lower", "x_upper")} if boundary == "fixed" else {}
+    solver = gas(grid, 1.4, reconstruction=reconstruction, reconstruct=reconstruct, viscosity=viscosity, boundary_state=state)
+    rho, p = 10 ** rng.uniform(-2, 1, (2, *grid.shape)) if limit else 1 + 0.3 * rng.uniform(size=(2, *grid.shape))
+    w = np.stack([rho, *(rng.uniform(-2, 2, (dims, *grid.shape)) * np.sqrt(p / rho)), p])
+    base = jnp.asarray(conserved(w, 1.4, dims))
+    u = base * jnp.asarray(1 + 0.01 * rng.standard_normal(base.shape))
+    extra = {
+        "flux": jnp.asarray(0.1 * rng.standard_normal((dims, *base.shape))),
+        "source": jnp.asarray(0.1 * rng.standard_normal(base.shape)),
+        "weights": jnp.asarray(0.1 * rng.standard_normal((dims, 2, dims + 2, solver.free_weights(), *grid.shape))),
+    }
+    t, dt = jnp.asarray(0.0), 0.9 * solver.limiter_dt(base)
+    whole = sweep.Sweep(grid, solver.equation, reconstruction, "hllc", reconstruct, 1e-12, 1e-12)
+
+    def run(cells):
+        monkeypatch.setattr(sweep, "SLAB_CELLS", cells)
+        stage = jax.jit(lambda base, u, extra: whole(base, u, extra, t, dt, limit=limit))
+        if limit:
+            return [stage(base, u, extra)]
+        made = lambda base, extra: jnp.sum(jnp.sin(whole(base, None, extra, t, dt).new))  # noqa: E731
+        return [stage(base, u, extra), jax.jit(jax.grad(made, (0, 1)))(base, extra)]
+
+    one, many = run(2**30), run(math.prod(grid.shape) // 3)
+    assert "scan[" in str(jax.make_jaxpr(lambda q: whole(q, None, {}, t, dt))(base))
+    assert not limit or float(one[0].limited) > 0
+    for tolerance, a, b in zip((1e-12, 1e-10), one, many, strict=False):
+        close = lambda p, q, tol=tolerance: np.testing.assert_allclose(p, q, rtol=tol, atol=tol * float(jnp.abs(p).max()))  # noqa: E731
+        jax.tree.map(close, a, b)
