@@ -292,6 +292,12 @@ def _solver(config: Mapping[str, Any]) -> str:
     return f"{' × '.join(str(n) for n in shape)} {str(solver).replace('_', ' ')}".strip()
 
 
+def _scheme(solver: Any) -> str:
+    """`{use: finite_volume, reconstruction: ppm, riemann: hllc_low_mach}` -> `: ppm, hllc low mach`."""
+    words = [v for k, v in solver.items() if k != "use" and isinstance(v, str)] if isinstance(solver, Mapping) else []
+    return ": " + ", ".join(words).replace("_", " ") if words else ""
+
+
 def _unit(data: xr.DataArray) -> str:
     unit = str(data.attrs.get("units", "1"))
     return "" if unit in ("", "1") else f" [{_plain(unit)}]"
@@ -1638,7 +1644,7 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
                 "label": run.label,
                 "bare": run.bare,
                 "colour": run.colour,
-                "solver": _bound(_solver(run.config)),
+                "solver": _bound(_solver(run.config) + _scheme(run.config.get("solver"))),
                 "closure": ", ".join(_named(c) for c in run.config.get("corrections") or ()) or "none",
                 "cells": [cells[key] for key in columns],
                 "outcome": _bound(outcome),
@@ -1660,13 +1666,13 @@ def _reference_row(folder: Folder) -> dict[str, Any] | None:
         return None
     shape = " × ".join(str(n) for n in reference.get("shape") or ())
     settings = folder.config.get("reference") or {}
-    solver = settings.get("solver") or ""
+    scheme, solver = _scheme(settings.get("solver")), settings.get("solver") or ""
     solver = solver.get("use", "") if isinstance(solver, Mapping) else solver
     stated = {"dt": _number(reference.get("dt"), 4), "seconds": _number(_reference_cost(folder))}
     cells = [_cell(stated.get(key, "")) for key in _columns(folder)]
     until = folder.converged_until
     outcome = f"converged to t\u00a0=\u00a0{_number(until)}" if until is not None else ""
-    solver = _bound(f"{shape} {str(solver).replace('_', ' ')}".strip())
+    solver = _bound(f"{shape} {str(solver).replace('_', ' ')}{scheme}".strip())
     return {"label": "reference", "solver": solver, "colour": "var(--ink)", "cells": cells, "outcome": outcome}
 
 

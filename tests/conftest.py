@@ -48,6 +48,6 @@ def _no_state_between_tests(tmp_path, monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "cache"))
     before = jax.config.jax_enable_x64
     yield
-    if _memory_maps() > 20_000:
+    if _memory_maps() > 10_000:
         jax.clear_caches()
     assert jax.config.jax_enable_x64 == before, "a test changed jax_enable_x64 and did not restore it: use the fixture x64"

@@ -377,7 +377,7 @@ def test_check_reports_places_that_solvers_do_not_take_and_wrong_shapes(folder: 
     assert lines_of(result)["shape", "compressible 2D finite_volume"] == ("(4, 16, 12)", "FAIL")
 
 
-@pytest.mark.parametrize("arguments", [["mine.py:Push"], ["mine.py:Nudge"]])
+@pytest.mark.parametrize("arguments", [["mine.py:Push"], pytest.param(["mine.py:Nudge"], marks=pytest.mark.slow)])
 def test_check_only_reports_what_sources_do_to_the_sums(folder: Path, arguments: list[str]):
     result = invoke("check", *arguments)
     assert result.exit_code == 0, result.stdout

@@ -141,7 +141,10 @@ HARD = {  # start, fastest wave
 }
 
 
-@pytest.mark.parametrize(("start", "speed"), HARD.values(), ids=HARD)
+@pytest.mark.parametrize(
+    ("start", "speed"),
+    [pytest.param(*case, id=name, marks=[] if name == "blast" else [pytest.mark.slow]) for name, case in HARD.items()],
+)
 @pytest.mark.parametrize("reconstruction", ["plm_van_leer", pytest.param("weno5z", marks=pytest.mark.slow)])
 def test_adjoint_through_limiter_and_floors(reconstruction, start, speed):
     parameters, final = setting(1, reconstruction, start=start, closed=True, speed=speed)
@@ -158,7 +161,9 @@ def _scaled(u):
 EASY = {name: (uniform(v), 40.0) for name, v in {"at rest": 0.0, "uniform flow": 0.7, "supersonic": 5.0, "sonic": 1.4**0.5}.items()}
 
 
-@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+@pytest.mark.parametrize(
+    "reconstruction", [r if r == "plm_van_leer" else pytest.param(r, marks=pytest.mark.slow) for r in RECONSTRUCTIONS]
+)
 def test_gradients_are_finite(reconstruction):
     """At rest, in uniform flow, at the sonic point, in blasts, near a vacuum, under floors: in state and parameters."""
     for riemann in [RIEMANN[RECONSTRUCTIONS.index(reconstruction)]]:
@@ -246,7 +251,7 @@ def cooled(p):
     return {"cooling": PowerLawCooling(p["strength"], p["exponent"], jnp.asarray(1.0), floor=0.3)}
 
 
-@pytest.mark.parametrize("floor", [False, True], ids=["", "down to its floor"])
+@pytest.mark.parametrize("floor", [pytest.param(False, id="", marks=pytest.mark.slow), pytest.param(True, id="down to its floor")])
 def test_adjoint_and_differences_through_cooling(floor):
     """Half of the cooling before and half after each step; where gas has reached the floor of temperature it stays."""
     parameters, final = setting(1, start=smooth, make=cooled)

@@ -147,7 +147,9 @@ def test_adjoint_through_a_hundred_steps(kind, convection):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("dims", "force", "closed", "dealias"), SETTINGS)
+@pytest.mark.parametrize(
+    ("dims", "force", "closed", "dealias"), [*SETTINGS[:3], pytest.param(*SETTINGS[3], marks=pytest.mark.slow)]
+)
 def test_adjoint_with_scalars_and_forces(dims, force, closed, dealias):
     parameters, final = _scalar_setting(dims, force, closed, dealias)
     found, _ = _mismatches(parameters, final, 20, (0, 2))
@@ -259,7 +261,9 @@ CALM = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("closure", CALM.values(), ids=CALM)
+@pytest.mark.parametrize(
+    "closure", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name == "leith")) for name, c in CALM.items()]
+)
 @pytest.mark.parametrize("kind", BOTH)
 def test_gradients_are_finite_at_rest_and_in_uniform_flow(kind, closure):
     for mean in ((0.0, 0.0), (1.0, -0.5)):

@@ -82,7 +82,10 @@ COURANT = 0.1
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("closed", [False, True], ids=["bare", "closure"])
-@pytest.mark.parametrize(("reconstruction", "riemann", "stepper"), SCHEMES)
+@pytest.mark.parametrize(
+    ("reconstruction", "riemann", "stepper"),
+    [pytest.param(*s, marks=[pytest.mark.slow] * (s[1] in ("llf", "hllc_low_mach"))) for s in SCHEMES],
+)
 def test_no_density_or_pressure_is_lost(reconstruction, riemann, stepper, closed, count):
     solver = gas(tube(CELLS), GAMMA, reconstruction=reconstruction, riemann=riemann)
     u = random_problems(count)
