@@ -434,7 +434,10 @@ def closure_lines(use: str, arguments: Sequence[str], folder: Path) -> list[Line
             for name, by_dims in sorted(table.items()):
                 if dims not in by_dims:
                     continue
-                solver = load_class(by_dims[dims])(Grid(*BOXES[dims]), physics)
+                made = load_class(by_dims[dims])
+                if made.hosted:
+                    continue
+                solver = made(Grid(*BOXES[dims]), physics)
                 supplied = {"dims": dims, "grid": solver.grid, "variables": solver.variables, "key": jax.random.key(0)}
                 supplied["free_weights"] = solver.free_weights()
                 label = f"{equation} {dims}D {name}"

@@ -777,14 +777,14 @@ class Experiment:
         return self.solver("reference")
 
     def stepper(self, label: str, solver: "AbstractSolver | None" = None) -> "AbstractStepper":
-        """The run's stepper; by default ETDRK4 where the solver has a linear part, else SSPRK3."""
+        """The run's stepper; by default the solver's own choice, else ETDRK4 where it has a linear part, else SSPRK3."""
         at = self._path(label)
         if (*at, "stepper") in self._parts:
             return self._parts[*at, "stepper"].build()
         return self._default_stepper(self.solver(label) if solver is None else solver, (*at, "stepper")).build()
 
     def _default_stepper(self, solver: "AbstractSolver", path: KeyPath) -> Part:
-        name = "ssprk3" if solver.linear() is None else "etdrk4"
+        name = solver.default_stepper or ("ssprk3" if solver.linear() is None else "etdrk4")
         return self._part(Use(use=name), "stepper", importlib.import_module("hybridsim.solvers").STEPPERS, path)
 
     def closures_for(

@@ -173,6 +173,10 @@ class AbstractSolver(eqx.Module):
 
     grid: eqx.AbstractVar[Grid]
     places: ClassVar[tuple[type[AbstractClosure], ...]]
+    hosted: ClassVar[bool] = False
+    """Whether another code takes its steps as a whole: a rival, for which only a stepper that is `hosted` too fits."""
+    default_stepper: ClassVar[str | None] = None
+    """The short name of the stepper to take where none is named; None: etdrk4 where there is a linear part, else ssprk3."""
 
     @property
     @abc.abstractmethod
@@ -298,6 +302,8 @@ class AbstractStepper(eqx.Module):
     """
 
     needs_linear: ClassVar[bool]
+    hosted: ClassVar[bool] = False
+    """Whether it takes the whole steps of a hosted solver instead of the right-hand side."""
     order: ClassVar[int]
     stages: ClassVar[int]
 

@@ -122,6 +122,10 @@ class Model(eqx.Module):
             )
         if len(self.evaluate) != len(self.closures):
             raise ValueError(f"evaluate: {len(self.evaluate)} entries for {len(self.closures)} closures")
+        if self.solver.hosted and not self.stepper.hosted:
+            raise ValueError(f"stepper: {type(self.solver).__name__} is stepped as a whole by the code that it hosts; leave it out")
+        if self.stepper.hosted and not self.solver.hosted:
+            raise ValueError(f"stepper: {type(self.stepper).__name__} is for hosted solvers, not for {type(self.solver).__name__}")
         if self.stepper.needs_linear and self.solver.linear() is None:
             raise ValueError(
                 f"stepper: {type(self.stepper).__name__} needs a linear part, which {type(self.solver).__name__} does not offer; "

@@ -31,6 +31,11 @@ SOLVERS: dict[str, dict[str, dict[int, str]]] = {
             2: "hybridsim.solvers.finite_volume:StaggeredFiniteVolume",
             3: "hybridsim.solvers.finite_volume:StaggeredFiniteVolume",
         },
+        "jax_cfd_finite_volume": {
+            2: "hybridsim.solvers.hosted:JaxCFDFiniteVolume",
+            3: "hybridsim.solvers.hosted:JaxCFDFiniteVolume",
+        },
+        "jax_cfd_spectral": {2: "hybridsim.solvers.hosted:JaxCFDSpectral"},
         "spectral": {
             2: "hybridsim.solvers.spectral:Spectral2D",
             3: "hybridsim.solvers.spectral:Spectral3D",
@@ -44,6 +49,7 @@ STEPPERS: dict[str, str] = {
     "etdrk2": "hybridsim.solvers.steppers:ETDRK2",
     "etdrk4": "hybridsim.solvers.steppers:ETDRK4",
     "forward_euler": "hybridsim.solvers.steppers:ForwardEuler",
+    "jax_cfd": "hybridsim.solvers.hosted:JaxCFDStepper",
     "ssprk2": "hybridsim.solvers.steppers:SSPRK2",
     "ssprk3": "hybridsim.solvers.steppers:SSPRK3",
     "vl2": "hybridsim.solvers.steppers:VL2",
