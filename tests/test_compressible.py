@@ -117,11 +117,14 @@ def test_oblique_linear_waves_in_three_dimensions(n):
         name = "entropy" if kind == "entropy" else "sound"
         coarse = wave_error(solver, VL2(), kind, (2, 2, 2), 0.3)[0]
         fine = wave_error(solver, VL2(), kind, (1, 1, 1), 0.3)[0]
-        limit = 1.5 * gates[f"{name}_RMS_L1_max"] * (32 / n) ** 2
+        # On 32 cells at most 1.5 times what Athena++ allows itself; on 16 the same less what its order adds.
+        limit = gates[f"{name}_RMS_L1_max"] * (1.5 if n == 32 else 1.05 * (32 / n) ** 2)
         print(n, kind, f"{coarse:.3e} {fine:.3e}, ratio {fine / coarse:.3f}, limit {limit:.2e}")
         assert fine <= limit
-        # Athena++ has 0.325 and 0.33: its errors on the coarse grid are larger in proportion.
-        assert fine / coarse <= 0.37
+        # Athena++ allows itself 0.325 and 0.33 here, which 32 cells do not reach.
+        assert fine / coarse <= (
+            0.37 if n == 32 else gates["sound_ratio_64_over_32_max" if name == "sound" else "entropy_ratio_max"]
+        )
 
 
 @pytest.mark.parametrize("reconstruction", ["weno5z", "ppm"])
@@ -815,11 +818,14 @@ def isotropic_turbulence(n, mach, seed=0, gamma=1.4, peak=4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "mach", "limit"), [(1, 0.2, 0.26), (2, 0.4, 0.2), (3, 0.6, 0.2)])
-def test_density_fluctuations_of_decaying_turbulence(case, mach, limit):
+@pytest.mark.parametrize(
+    ("case", "mach"),
+    [pytest.param(1, 0.2, marks=pytest.mark.xfail(reason="two late rows are 24 and 25 % low", strict=True)), (2, 0.4), (3, 0.6)],
+)
+def test_density_fluctuations_of_decaying_turbulence(case, mach):
     """ρ_rms(t) of Spyropoulos & Blaisdell 1996, on 64³ cells; the row at the start is without fluctuations.
 
-    At M_t = 0.2 two late rows of 18 are 24 and 25 % low (another start: 25 %; the low-Mach Riemann solver: 23 %).
+    At M_t = 0.2 another start is 25 % low, too, and the low-Mach Riemann solver 23 %.
     """
     table = np.loadtxt(DATA / "hit_spyropoulos_density_rms.csv", delimiter=",", skiprows=2)
     table = table[table[:, 0] == case][1:, 1:]
@@ -839,7 +845,7 @@ def test_density_fluctuations_of_decaying_turbulence(case, mach, limit):
         found.append(float(np.std(u[0].astype(np.float64))))
     ratio = np.array(found) / table[:, 1]
     print("Mach", mach, "ρ_rms over the published", ratio.round(3))
-    assert np.abs(ratio - 1).max() <= limit
+    assert np.abs(ratio - 1).max() <= 0.2
 
 
 # --- slabs -----------------------------------------------------------------------------------------------------------------------
