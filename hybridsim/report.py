@@ -295,7 +295,7 @@ def _solver(config: Mapping[str, Any]) -> str:
 def _scheme(solver: Any) -> str:
     """`{use: finite_volume, reconstruction: ppm, riemann: hllc_low_mach}` -> `: ppm, hllc low mach`."""
     words = [v for k, v in solver.items() if k != "use" and isinstance(v, str)] if isinstance(solver, Mapping) else []
-    return ": " + ", ".join(words).replace("_", " ") if words else ""
+    return ": " + ", ".join(words).replace("_", "\u00a0") if words else ""
 
 
 def _unit(data: xr.DataArray) -> str:
