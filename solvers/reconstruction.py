@@ -139,9 +139,9 @@ def _weno5z_side(a: Array, b: Array, c: Array, d: Array, e: Array) -> Array:
     global_smoothness = jnp.abs(smoothness[0] - smoothness[2])
     weights = []
     for ideal, beta in zip((1, 6, 3), smoothness, strict=True):
-        # A bounded ratio: its square must not overflow in single precision.
+        # Bounded, so that nothing overflows in single precision.
         ratio = global_smoothness / (beta + 1e-8 * global_smoothness + tiny)
-        weights.append(ideal * (1 + ratio * ratio))
+        weights.append(ideal * (1 + ratio))
     total = weights[0] * candidates[0] + weights[1] * candidates[1] + weights[2] * candidates[2]
     return total / (6 * (weights[0] + weights[1] + weights[2]))
 
@@ -180,7 +180,8 @@ RECONSTRUCTIONS: dict[str, Reconstruction] = {
 - `ppm`: parabolas (Colella & Woodward 1984, doi:10.1016/0021-9991(84)90143-8) with limiters that keep smooth extrema (Colella &
   Sekora 2008, doi:10.1016/j.jcp.2008.03.034, section 2), through edge values biased upwind (Suresh & Huynh 1997,
   doi:10.1006/jcph.1997.5745, eq. 2.1): without characteristic tracing, centred ones would not damp the shortest waves. Third order.
-- `weno5z`: fifth order (Borges et al. 2008, doi:10.1016/j.jcp.2007.11.038, eqs. 19–28 with power 2).
+- `weno5z`: fifth order (Borges et al. 2008, doi:10.1016/j.jcp.2007.11.038, eqs. 19–28 with power 1: with power 2 weak sound waves
+  die out too fast).
 """
 
 
