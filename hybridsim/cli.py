@@ -1,4 +1,4 @@
-"""The commands: run, train, show, check, list, schema.
+"""The commands: run, train, show, check, list, peers, schema.
 
 Exit codes: 0 done and all checks passed · 1 a check failed · 2 bad input, before any compilation · 3 a run without `may_diverge`
 diverged · 130 and 143 interrupted, state saved.
@@ -43,8 +43,8 @@ def _console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
-def _start_jax() -> None:
-    """Double precision and all cores before anything is traced; no warning about GPUs that are not there."""
+def _start_jax(double: bool = True) -> None:
+    """Double precision (or not) and all cores before anything is traced; no warning about GPUs that are not there."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name in ("jax._src.xla_bridge", "jax._src.hardware_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -52,7 +52,7 @@ def _start_jax() -> None:
 
     from hybridsim.samples import use_all_cores
 
-    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_enable_x64", double)
     use_all_cores()
 
 
@@ -203,6 +203,37 @@ def list_(
         from hybridsim.show import list_catalogue
 
         list_catalogue(kind, _console())
+        return 0
+
+    _leave(action)
+
+
+@app.command()
+def peers(
+    family: Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="spectral, ks or finite_volume.  [default: all]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few small grids: about two minutes.")] = False,
+    rounds: Annotated[int, typer.Option("--rounds", min=3, help="How often the codes of a pair take turns.")] = 5,
+    precision: Annotated[str, typer.Option("--precision", help="float32 or float64.")] = "float32",
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the table is saved.")] = Path("peers.json"),
+) -> None:
+    """Time our steppers against the installed peers (jax-cfd, exponax), in turn: same scheme, and equal accuracy."""
+
+    def action() -> int:
+        from hybridsim.yaml_reader import ConfigError
+
+        known = ("spectral", "ks", "finite_volume")
+        for name, value, possible in (("family", family, known), ("--precision", precision, ("float32", "float64"))):
+            if value is not None and value not in possible:
+                raise ConfigError(f"{name}: {value!r} is not one of {', '.join(possible)}")
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise ConfigError(
+                f"--out: {out} cannot be written: {'it is a folder' if out.is_dir() else 'its folder does not exist'}"
+            )
+        # Single precision all through: where JAX has double precision, the peers' constants take it.
+        _start_jax(double=precision == "float64")
+        from hybridsim.experiments.peers import run_peers
+
+        run_peers(known if family is None else (family,), quick, rounds, precision, str(out), _console())
         return 0
 
     _leave(action)
