@@ -195,12 +195,15 @@ def _prepare(model: Model, dtype: Any) -> Prepared:
 def _chunk(model: Model, prepared: Prepared, state: Any, frames: int, every: int) -> tuple[Any, Any]:
     """`frames` frames of every sample."""
 
-    def one(shared, state):
-        model, prepared = shared
-        z, carry, step = state
-        return frames_of(model, prepared, z, carry, step, frames, every, 0, _observe)
+    def one(shared, z, carry):
+        model, prepared, step = shared
+        (z, carry, _), out = frames_of(model, prepared, z, carry, step, frames, every, 0, _observe)
+        return z, carry, out
 
-    return over_samples(one, (model, prepared), state)
+    # All samples are at the same step: one clock for those that are stepped together.
+    z, carry, step = state
+    z, carry, out = over_samples(one, (model, prepared, step[0]), z, carry, together=model.together)
+    return (z, carry, step + frames * every), out
 
 
 def _chunk_length(frames: int) -> int:

@@ -1,5 +1,6 @@
 """u(t + n Δt) = Φⁿ(u(t)): one coarse step, and rollouts through thousands of them in bounded memory."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from hybridsim.samples import gathered, over_samples, padded
 
 Evaluate = str | int
 """`"stage"`, `"step"` or a whole number n of solver steps for which a closure's output is held."""
+
+TOGETHER_CELLS = 2**15
+"""Samples of an ensemble are stepped in groups of about as many cells on a CPU core."""
 
 MOST_STEPS = 100_000
 """An adaptive model that needs more model steps than this for one frame interval is taken to have blown up."""
@@ -168,6 +172,17 @@ class Model(eqx.Module):
         """Constants and coefficients in `dtype`; call it outside the scan."""
         solver = self.solver.prepare(dtype)
         return Prepared(solver, self.stepper.prepare(solver, self.dt, dtype), jnp.asarray(self.dt, dtype))
+
+    @property
+    def together(self) -> int:
+        """How many samples of an ensemble one CPU core steps at once.
+
+        On a line most of a step's time would go to calls: samples in groups cost a third to a tenth there. Elsewhere each is
+        stepped alone, so that its bits do not depend on how many others there are. Adaptive steps are each sample's own.
+        """
+        if self.courant is not None or self.solver.grid.ndim > 1:
+            return 1
+        return max(1, min(32, TOGETHER_CELLS // math.prod(self.solver.grid.shape)))
 
     def try_closures(self, u: Float[Array, "c *grid"]) -> None:
         """Evaluates every closure once on u; raises what is wrong with its output."""
@@ -605,7 +620,7 @@ def _rolled_together(
         (z, carry, _), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
         return _remembered(carry, z), out
 
-    carry, out = over_samples(one, (model, prepared, step), z, carry)
+    carry, out = over_samples(one, (model, prepared, step), z, carry, together=model.together)
     return carry, step + frames * every, out
 
 
@@ -625,8 +640,8 @@ def ensemble(
     of keys gives each sample its own.
 
     On CPU samples run side by side, one per JAX device (see `hybridsim.samples.use_all_cores`, which must come before JAX's first
-    computation); elsewhere they run as one batch. A sample's result does not depend on the other samples, and is that of its
-    `rollout` to rounding.
+    computation); elsewhere they run as one batch. A sample's result is that of its `rollout` to rounding, and does not depend on
+    the other samples (on a line: but for rounding, where they are stepped in groups).
     """
     _check_frames("ensemble", frames, every)
     start = start if isinstance(start, State) else State(start)

@@ -1,8 +1,9 @@
 """(f(x₁), …, f(x_S)): one function over the samples of an ensemble, on all cores.
 
-On CPU a batch axis inside the arrays gains little and doubles the time of convolutions, and one small grid keeps one core busy. So
-the samples are shared out to JAX devices, one per core, and each device takes its own one after another. Elsewhere all samples run
-at once (`vmap`). JAX makes one CPU device unless told otherwise before its first computation: see `use_all_cores`.
+On CPU a batch axis inside the arrays gains little on grids that fill a cache and doubles the time of convolutions, and one small
+grid keeps one core busy. So the samples are shared out to JAX devices, one per core, and each device takes its own one after
+another, or small ones in groups. Elsewhere all samples run at once (`vmap`). JAX makes one CPU device unless told otherwise before
+its first computation: see `use_all_cores`.
 """
 
 import os
@@ -53,7 +54,7 @@ def padded(samples: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jnp.concatenate([a, a[:missing]]), samples) if missing else samples
 
 
-def over_samples(function: Callable[..., PyTree], shared: PyTree, *samples: PyTree) -> PyTree:
+def over_samples(function: Callable[..., PyTree], shared: PyTree, *samples: PyTree, together: int = 1) -> PyTree:
     """(f(θ, x₁), …, f(θ, x_S)), stacked.
 
     **Arguments:**
@@ -61,6 +62,8 @@ def over_samples(function: Callable[..., PyTree], shared: PyTree, *samples: PyTr
     - `function`: f, a function of θ and of one sample (one argument per tree of `samples`).
     - `shared`: θ, what all samples have in common.
     - `samples`: trees of arrays whose first axis is the sample.
+    - `together`: so many samples are a batch (`vmap`) on one CPU device, where single ones are so small that most of their time is
+      calls.
 
     Works under jit, vmap and both modes of differentiation. What comes out of a compiled call may lie on several devices: see
     `gathered`.
@@ -72,7 +75,7 @@ def over_samples(function: Callable[..., PyTree], shared: PyTree, *samples: PyTr
 
     def in_turn(arrays: PyTree, samples: PyTree) -> PyTree:
         whole = eqx.combine(arrays, fixed)
-        return jax.lax.map(lambda sample: function(whole, *sample), samples)
+        return jax.lax.map(lambda sample: function(whole, *sample), samples, batch_size=together if together > 1 else None)
 
     workers = _workers(count)
     if workers == 1:

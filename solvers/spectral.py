@@ -53,6 +53,33 @@ def hermitian(hat: Complex[Array, "c *k"]) -> Complex[Array, "c *k"]:
     return hat.at[..., 0].set(0.5 * (plane + mirrored))
 
 
+def _mirrored(hat: Complex[Array, "kx ky"]) -> Complex[Array, "kx ky"]:
+    """â(−k_x, k_y)."""
+    return jnp.roll(jnp.flip(hat, 0), 1, 0)
+
+
+def packed_inverse(a: Complex[Array, "nx half"], b: Complex[Array, "nx half"], ny: int) -> Complex[Array, "nx ny"]:
+    """a + i b in physical space, from the `rfft2` of real a and b without Nyquist modes: one complex transform, not two real ones.
+
+    With â(−k) = â*(k), (a + ib)^(k) = â + i b̂ and (a + ib)^(−k) = (â − i b̂)*. As with `irfft2`, what is not so on the line k_y = 0
+    is not seen.
+    """
+    above = jax.lax.complex(a.real - b.imag, a.imag + b.real)
+    below = jax.lax.complex(a.real + b.imag, b.real - a.imag)
+    first = 0.5 * (above[:, :1] + _mirrored(below[:, :1]))
+    return jnp.fft.ifft2(jnp.concatenate([first, above[:, 1:], jnp.flip(_mirrored(below[:, 1 : ny - a.shape[1] + 1]), 1)], 1))
+
+
+def packed_transform(c: Complex[Array, "nx ny"]) -> tuple[Complex[Array, "nx half"], Complex[Array, "nx half"]]:
+    """The `rfft2` of Re c and of Im c, from one complex transform: ½ (ĉ(k) + ĉ*(−k)) and ½ (ĉ(k) − ĉ*(−k))/i."""
+    hat, half = jnp.fft.fft2(c), c.shape[1] // 2 + 1
+    here = hat[:, :half]
+    there = _mirrored(jnp.concatenate([hat[:, :1], jnp.flip(hat[:, c.shape[1] - half + 1 :], 1)], 1))
+    real = jax.lax.complex(0.5 * (here.real + there.real), 0.5 * (here.imag - there.imag))
+    imaginary = jax.lax.complex(0.5 * (here.imag + there.imag), 0.5 * (there.real - here.real))
+    return real, imaginary
+
+
 class _Spectral(AbstractSolver):
     """What does not depend on the number of dimensions: transforms, operators for closures, means, scalars."""
 
@@ -200,8 +227,9 @@ class _Spectral(AbstractSolver):
 class Spectral2D(_Spectral):
     """∂t ω̂ = −(ν k² + μ − A) ω̂ + P(k) [(k_x² − k_y²) (uv)^ + k_x k_y (v² − u²)^ + curl f^],  ∂t ĉ = −κ k² ĉ − P(k) i k·(u c)^.
 
-    Pseudo-spectral Navier–Stokes in 2D, doubly periodic, with four transforms per evaluation (Basdevant 1983,
-    doi:10.1016/0021-9991(83)90064-5) and three for each scalar. The mean flow ∂t ⟨u⟩ = ⟨f⟩ − μ ⟨u⟩ is kept.
+    Pseudo-spectral Navier–Stokes in 2D, doubly periodic, with four real transforms per evaluation (Basdevant 1983,
+    doi:10.1016/0021-9991(83)90064-5), done as two complex ones, and three for each scalar. The mean flow ∂t ⟨u⟩ = ⟨f⟩ − μ ⟨u⟩ is
+    kept.
 
     **Arguments:**
 
@@ -252,8 +280,10 @@ class Spectral2D(_Spectral):
         return 1j * (arrays["kx"] * hat[1] - arrays["ky"] * hat[0])
 
     @staticmethod
-    def _velocity(vorticity: Complex[Array, "*k"], arrays: dict[str, Array]) -> Complex[Array, "2 *k"]:
-        return 1j * vorticity[None] * jnp.stack([arrays["to_u"], arrays["to_v"]])
+    def _velocity(vorticity: Complex[Array, "*k"], arrays: dict[str, Array]) -> tuple[Complex[Array, "*k"], Complex[Array, "*k"]]:
+        x, y = vorticity.real, vorticity.imag
+        u, v = (jax.lax.complex(-a * y, a * x) for a in (arrays["to_u"], arrays["to_v"]))
+        return u, v
 
     # -- representation ---------------------------------------------------------------------------------------------------------
 
@@ -267,10 +297,19 @@ class Spectral2D(_Spectral):
         return z
 
     def decode(self, z: PyTree) -> Float[Array, "c *grid"]:
-        hat = self._velocity(z["vorticity"], self._arrays(z["mean"].dtype))
-        if self.equation.scalars:
-            hat = jnp.concatenate([hat, z["scalars"]])
-        return self._inverse(hat) + self._to_grid(z["mean"])
+        flow = self._flow(z)
+        u = jnp.stack([flow.real, flow.imag])
+        return jnp.concatenate([u, self._carried(z)]) if self.equation.scalars else u
+
+    def _flow(self, z: PyTree) -> Complex[Array, "nx ny"]:
+        """u + i v."""
+        mean = z["mean"]
+        flow = packed_inverse(*self._velocity(z["vorticity"], self._arrays(mean.dtype)), self.grid.shape[1])
+        return flow + jax.lax.complex(mean[0], mean[1])
+
+    def _carried(self, z: PyTree) -> Float[Array, "s nx ny"]:
+        """The scalars."""
+        return self._inverse(z["scalars"]) + self._to_grid(z["mean"][2:])
 
     def constrain(self, z: PyTree) -> PyTree:
         return z
@@ -288,19 +327,21 @@ class Spectral2D(_Spectral):
 
     def explicit(self, z, t, tendency):
         arrays = self._arrays(z["mean"].dtype)
-        u, v, *scalars = self.decode(z)
-        products = [u * v, (v - u) * (v + u)]
-        if scalars:
-            products += [u * c for c in scalars] + [v * c for c in scalars]
-        products = self._forward(jnp.stack(products))
-        rate = {"vorticity": arrays["stretch"] * products[0] + arrays["shear"] * products[1]}
-        if scalars:
-            rate["scalars"] = self._outflow(arrays, jnp.split(products[2:], 2))
+        flow = self._flow(z)
+        u, v = flow.real, flow.imag
+        uv, difference = packed_transform(jax.lax.complex(u * v, (v - u) * (v + u)))
+        stretch, shear = arrays["stretch"], arrays["shear"]
+        real = stretch * uv.real + shear * difference.real
+        rate = {"vorticity": jax.lax.complex(real, stretch * uv.imag + shear * difference.imag)}
+        if self.equation.scalars:
+            scalars = self._carried(z)
+            carried = self._forward(jnp.concatenate([u[None] * scalars, v[None] * scalars]))
+            rate["scalars"] = self._outflow(arrays, jnp.split(carried, 2))
         if "force" in arrays:
             rate["vorticity"] = rate["vorticity"] + arrays["force"]
         forcing = self.equation.forcing
         if isinstance(forcing, AbstractBandForce):
-            velocity = self._velocity(z["vorticity"], arrays)
+            velocity = jnp.stack(self._velocity(z["vorticity"], arrays))
             rate["vorticity"] = rate["vorticity"] + self._curl(forcing.band_force(velocity, t, self.grid, self._places), arrays)
         return self._completed(rate, arrays, z, t, tendency)
 

@@ -192,7 +192,7 @@ class CrankNicolsonRK4(AbstractStepper):
             half, beta, gamma, time = stage_coefficients
             rate = solver.explicit(q, t + time, tendency)
             h = _map(lambda f, old: f + beta * old, rate, h)
-            q = _map(lambda a, b, f: ((1 + half * a) * b + gamma * f) / (1 - half * a), linear, q, h)
+            q = _map(lambda a, b, f: (1 / (1 - half * a)) * ((1 + half * a) * b + gamma * f), linear, q, h)
             return (q, h), None
 
         per_stage = tuple(coefficients[name] for name in ("half", "beta", "gamma", "time"))
