@@ -16,7 +16,7 @@ from jaxtyping import Array, Complex, Float, PyTree
 
 from hybridsim.contract import AbstractSolver, Flux, PostStep, Replacement, Source, Variable
 from hybridsim.grid import Grid, Place, cell_mean, resample
-from hybridsim.solvers.finite_volume import limited_slope
+from hybridsim.solvers.reconstruction import van_leer
 from hybridsim.solvers.spectral import Dealiasing, dealiasing_mask
 
 Convection = Literal["central", "van_leer"]
@@ -352,7 +352,7 @@ class FiniteVolumeKS(_Line):
             flux = (u * u + u * right + right * right) / 6
         else:
             jump = right - u
-            half = 0.5 * limited_slope(jnp.roll(jump, 1), jump)
+            half = 0.5 * van_leer(jnp.roll(jump, 1), jump)
             flux = burgers_flux(u + half, right - jnp.roll(half, -1))
         return self._arrays(u.dtype)["divergence"] * real_transform(flux)
 
