@@ -247,7 +247,7 @@ def spectral_pairs(quick: bool, dtype: Any) -> Iterator[Pair]:
                 peer = _exponax_vorticity(solver, u, 4) if other == "exponax" else None
                 return ours(solver, stepper, u), peer or from_jax_cfd_spectral(solver, u, "crank_nicolson_rk4")
 
-            yield Pair("spectral", f"2D vorticity {case}", (n, n), n * n, dt, codes)
+            yield Pair("spectral", f"2D spectral {case}", (n, n), n * n, dt, codes)
 
 
 def _waves(grid: Grid, samples: int, dtype: Any) -> jax.Array:
@@ -287,7 +287,7 @@ def ks_pairs(quick: bool, dtype: Any) -> Iterator[Pair]:
                 u = u[0] if samples == 1 else u
                 return ours(solver, ETDRK4(), u, batched=samples > 1), _exponax_ks(solver, u, 4)
 
-            case = "ETDRK4" if samples == 1 else f"ETDRK4, batch of {samples}"
+            case = "KS ETDRK4" if samples == 1 else f"KS ETDRK4, batch of {samples}"
             yield Pair("ks", case, (n,), n * samples, 0.01, codes)
 
 
@@ -308,7 +308,7 @@ def finite_volume_pairs(quick: bool, dtype: Any) -> Iterator[Pair]:
                     u = solver.project(_velocity(solver.grid, tuple(v.at for v in solver.variables), dtype, 3.0))
                     return ours(solver, ForwardEuler(), u), from_jax_cfd_finite_volume(solver, u, "forward_euler", stock)
 
-                case = f"{d}D {convection} Euler" + (", against its stock scheme" if stock else "")
+                case = f"{d}D {convection} Euler" + (", peer's stock" if stock else "")
                 yield Pair("finite_volume", case, (n,) * d, n**d, 0.25 * solver.grid.spacing[0] / 7, codes)
 
 
@@ -434,7 +434,7 @@ def spectral_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
         for name, codes in rivals.items():
             entries[name] += [Entry(n, first, code, _interpolated(answer)) for code in (*mine, *codes)]
     for name, each in entries.items():
-        yield Contest("spectral", f"2D vorticity, {name}", end, each)
+        yield Contest("spectral", f"2D spectral, {name}", end, each)
 
 
 def _interpolated(answer: np.ndarray) -> Callable[[np.ndarray], float]:
@@ -475,7 +475,7 @@ def ks_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
         u = jnp.asarray(best.restrict(jnp.asarray(start, dtype), fine.grid, fine.variables), dtype)
         codes = [ours(best, ETDRK4(), u), *(_exponax_ks(rival, u, order) for order in (4, 2))]
         entries += [Entry(n, 1.0, code, _interpolated(answer)) for code in codes]
-    yield Contest("ks", "exponax", end, entries)
+    yield Contest("ks", "KS, exponax", end, entries)
 
 
 def finite_volume_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
@@ -607,7 +607,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: "Console") -> None:
     )
     for row in rows:
         table.add_row(
-            f"{row['family']}: {row['case']}",
+            row["case"],
             "×".join(map(str, row["size"])),
             row["peer"],
             _pair_of(row["ours_ns"], row["peer_ns"]),
@@ -627,7 +627,7 @@ def print_contests(rows: Sequence[Mapping[str, Any]], console: "Console") -> Non
     for row in rows:
         mine, theirs = (f"{run['scheme']}, {run['size']} cells, {run['steps']} steps" for run in (row["ours"], row["peers"]))
         seconds = f"{row['ours_s']:.3g} / {row['peer_s']:.3g}"
-        table.add_row(f"{row['family']}: {row['case']}", f"{row['error']:.0e}", seconds, _ratio(row["ratio"]), mine, theirs)
+        table.add_row(row["case"], f"{row['error']:.0e}", seconds, _ratio(row["ratio"]), mine, theirs)
     console.print(table)
 
 
@@ -657,12 +657,12 @@ def run_peers(families: Sequence[str], quick: bool, rounds: int, precision: str,
 
         for family in families:
             for pair in PAIRS[family](quick, dtype):
-                label = f"{family}: {pair.case}, {'×'.join(map(str, pair.size))}"
+                label = f"{pair.case}, {'×'.join(map(str, pair.size))}"
                 row = attempt(label, functools.partial(timed_pair, pair, dtype, rounds))
                 rows += [row] if row else []
             label, contests = f"{family}: equal accuracy", CONTESTS[family](quick, dtype)
             while (contest := attempt(label, functools.partial(next, contests, None))) is not None:
-                equal += attempt(f"{label}, {contest.case}", functools.partial(settled, contest, dtype, rounds)) or []
+                equal += attempt(f"equal accuracy: {contest.case}", functools.partial(settled, contest, dtype, rounds)) or []
     today = datetime.date.today().isoformat()
     found = environment() | {name: _version(name) for name in ("jax-cfd", "exponax")}
     codes = ", ".join(f"{name} {found[name]}" for name in ("jax", "jax-cfd", "exponax"))

@@ -43,8 +43,13 @@ def _console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
-def _start_jax(double: bool = True) -> None:
-    """Double precision (or not) and all cores before anything is traced; no warning about GPUs that are not there."""
+def _start_jax(double: bool = True, keep: bool = True) -> None:
+    """Double precision (or not) and all cores before anything is traced; no warning about GPUs that are not there.
+
+    `keep`: what is compiled is kept in the cache folder, so that a second process starts warm. A process in which JAX is already
+    there keeps its own settings.
+    """
+    fresh = "jax" not in sys.modules
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name in ("jax._src.xla_bridge", "jax._src.hardware_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -54,6 +59,12 @@ def _start_jax(double: bool = True) -> None:
 
     jax.config.update("jax_enable_x64", double)
     use_all_cores()
+    if keep and fresh and jax.config.values["jax_compilation_cache_dir"] is None:
+        from hybridsim.storage import compiled_folder
+
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _one_line(text: object) -> str:
@@ -230,7 +241,7 @@ def peers(
                 f"--out: {out} cannot be written: {'it is a folder' if out.is_dir() else 'its folder does not exist'}"
             )
         # Single precision all through: where JAX has double precision, the peers' constants take it.
-        _start_jax(double=precision == "float64")
+        _start_jax(double=precision == "float64", keep=False)
         from hybridsim.experiments.peers import run_peers
 
         run_peers(known if family is None else (family,), quick, rounds, precision, str(out), _console())

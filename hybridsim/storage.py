@@ -826,6 +826,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridsim"
 
 
+def compiled_folder() -> Path:
+    """Where compiled programs are kept: a folder per kind of processor, since a program of one may not run on another."""
+    kind = [platform.machine(), _processor()]
+    with contextlib.suppress(OSError):
+        kind += [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+    return cache_folder() / "compiled" / hashlib.sha256("\n".join(kind).encode()).hexdigest()[:16]
+
+
 def source_digest() -> str:
     """SHA-256 over names and texts of the sources that decide the numbers: `NUMERICAL_SOURCES` and the solvers' room."""
     engine = Path(__file__).parent

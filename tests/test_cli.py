@@ -237,7 +237,7 @@ def process(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess, fl
 def test_help_comes_at_once(tmp_path: Path):
     done, seconds = process("-m", "hybridsim.cli", "--help", cwd=ROOT)
     assert done.returncode == 0
-    for command in ("run", "train", "show", "check", "list", "schema"):
+    for command in ("run", "train", "show", "check", "list", "peers", "schema"):
         assert f"│ {command} " in done.stdout
     assert seconds < 1
 
@@ -246,6 +246,18 @@ def test_nothing_heavy_is_imported_for_help():
     code = "import sys, hybridsim.cli; print([m for m in ('jax', 'numpy', 'equinox', 'rich.console', 'yaml') if m in sys.modules])"
     done, _ = process("-c", code, cwd=ROOT)
     assert done.stdout.strip() in ("[]", "['rich.console']"), done.stderr
+
+
+def test_a_second_process_starts_warm(folder: Path, tmp_path: Path):
+    """What the first one compiled lies in the cache folder, in one folder per kind of processor, and is not compiled again."""
+    kept = []
+    for _ in range(2):
+        done, _ = process("-m", "hybridsim.cli", "show", str(folder / "case.yaml"), cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        kept.append({path.name for path in (tmp_path / "cache" / "compiled").glob("*/*-cache")})
+    assert kept[0]
+    assert kept[0] == kept[1]
+    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

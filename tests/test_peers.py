@@ -143,7 +143,7 @@ def test_a_peer_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(peers.CONTESTS, "ks", lambda quick, dtype: iter(()))
     console = Console(width=170, record=True)
     peers.run_peers(("ks",), True, 3, "float32", str(tmp_path / "peers.json"), console)
-    assert "not timed: ks: ETDRK4, 8: No module named 'exponax'" in console.export_text()
+    assert "not timed: ETDRK4, 8: No module named 'exponax'" in console.export_text()
     assert json.loads((tmp_path / "peers.json").read_text())["rows"] == []
 
 
