@@ -1,9 +1,9 @@
-"""What a gradient through many steps costs, in forward runs and in memory, for each solver and depth of checkpointing.
+"""What a gradient through many steps costs, in forward runs and in memory, for each solver and kind of checkpoints.
 
     python -m hybridsim.experiments.gradient_cost [--size 256] [--steps 64] [--rounds 5] [--out gradient_cost.json]
 
-The gradient of Σ u(T)² with respect to the initial state, float32, in turn with the forward run in one process. `levels` is
-`checkpoint_levels` of `rollout`; memory is what the compiled gradient allocates.
+The gradient of Σ u(T)² with respect to the initial state, float32, in turn with the forward run in one process. Checkpoints
+are those of `rollout`; memory is what the compiled gradient allocates.
 """
 
 import argparse
@@ -26,6 +26,19 @@ from hybridsim.solvers.spectral import Spectral2D
 from hybridsim.solvers.steppers import ETDRK4, SSPRK3, CrankNicolsonRK4, ForwardEuler
 from hybridsim.storage import environment, write_json
 
+CHECKPOINTS: tuple[dict[str, Any], ...] = (
+    {"checkpoint_levels": 0},
+    {"checkpoint_levels": 1},
+    {"checkpoint_levels": 2},
+    {"gradient_memory": 48},
+)
+
+
+def told(checkpoints: dict[str, Any]) -> str:
+    """What a row says of them."""
+    ((name, value),) = checkpoints.items()
+    return f"{value} levels" if name == "checkpoint_levels" else f"within {value} MiB"
+
 
 def cases(size: int) -> list[tuple[str, AbstractSolver, AbstractStepper, float]]:
     """(name, solver, stepper, Δt)."""
@@ -44,14 +57,16 @@ def cases(size: int) -> list[tuple[str, AbstractSolver, AbstractStepper, float]]
     return found
 
 
-def measured(solver: AbstractSolver, stepper: AbstractStepper, dt: float, steps: int, levels: int, rounds: int) -> dict[str, Any]:
+def measured(
+    solver: AbstractSolver, stepper: AbstractStepper, dt: float, steps: int, rounds: int, **checkpoints: Any
+) -> dict[str, Any]:
     model = Model(solver, stepper, dt)
     places = tuple(v.at for v in solver.variables)
     initial = RandomWaves() if solver.grid.ndim == 1 else RandomVelocity()
     u = solver.project(initial(jax.random.key(0), solver.grid, places, jnp.float32))
 
     def last(u):
-        return rollout(model, State(u), 1, every=steps, checkpoint_levels=levels).u[-1]
+        return rollout(model, State(u), 1, every=steps, **checkpoints).u[-1]
 
     compiled = []
     for function in (last, jax.grad(lambda u: jnp.sum(last(u) ** 2))):
@@ -68,7 +83,7 @@ def measured(solver: AbstractSolver, stepper: AbstractStepper, dt: float, steps:
     ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
     memory = compiled[1][0].memory_analysis()
     return {
-        "levels": levels,
+        **checkpoints,
         "forward_s": statistics.median(seconds[0]),
         "forward_runs": [ratios[0], statistics.median(ratios), ratios[-1]],
         "memory_mb": memory.temp_size_in_bytes / 2**20,
@@ -86,15 +101,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     print(f"gradient through {options.steps} steps at {options.size}² ({2 * options.size} on the line), float32")
     for name, solver, stepper, dt in cases(options.size):
-        for levels in (0, 1, 2):
-            row = {"case": name} | measured(solver, stepper, dt, options.steps, levels, options.rounds)
+        for checkpoints in CHECKPOINTS:
+            row = {"case": name} | measured(solver, stepper, dt, options.steps, options.rounds, **checkpoints)
             rows.append(row)
             low, median, high = row["forward_runs"]
-            print(
-                f"{name:32s} levels {levels}  {median:5.2f} [{low:.2f}, {high:.2f}] forward runs  {row['memory_mb']:8.1f} MB  "
-                f"compile {row['compile_s']:.1f} s",
-                flush=True,
-            )
+            runs = f"{median:5.2f} [{low:.2f}, {high:.2f}] forward runs"
+            took = f"{row['memory_mb']:8.1f} MB  compile {row['compile_s']:.1f} s"
+            print(f"{name:32s} {told(checkpoints):14s} {runs} {took}", flush=True)
     if options.out:
         write_json(options.out, {"versions": environment(), "size": options.size, "steps": options.steps, "rows": rows})
 

@@ -34,7 +34,7 @@ from hybridsim.contract import AbstractSolver, AbstractStepper
 from hybridsim.grid import Grid
 from hybridsim.model import Model, Prepared
 from hybridsim.samples import over_samples
-from hybridsim.solvers.finite_volume import StaggeredFiniteVolume
+from hybridsim.solvers.finite_volume import Convection, StaggeredFiniteVolume
 from hybridsim.solvers.hosted import jax_cfd
 from hybridsim.solvers.incompressible import NavierStokes
 from hybridsim.solvers.initial import RandomVelocity
@@ -122,7 +122,8 @@ def ours(solver: AbstractSolver, stepper: AbstractStepper, u: jax.Array, batched
         ready, n = given
 
         def step(k, state):
-            return model(*state, k, ready)[:2]
+            z, carry = state
+            return model(z, carry, k, ready)[:2]
 
         return jax.lax.fori_loop(0, n, step, (z, carry))[0]
 
@@ -292,7 +293,7 @@ def ks_pairs(quick: bool, dtype: Any) -> Iterator[Pair]:
 
 
 def finite_volume_pairs(quick: bool, dtype: Any) -> Iterator[Pair]:
-    ladders = (
+    ladders: tuple[tuple[int, Convection, Sequence[int], Sequence[int]], ...] = (
         (2, "van_leer", (32, 64, 128, 256, 512, 1024), (64, 256)),
         (2, "central", (32, 64, 128, 256, 512, 1024), (64, 256)),
         (3, "van_leer", (16, 32, 64, 128), (32,)),

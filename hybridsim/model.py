@@ -1,5 +1,6 @@
 """u(t + n Δt) = Φⁿ(u(t)): one coarse step, and rollouts through thousands of them in bounded memory."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -467,27 +468,76 @@ class Ensemble(eqx.Module):
         return field_dataset(np.asarray(self.u), np.asarray(self.t), self.solver.grid, self.solver.variables, {})
 
 
-def nested_scan(body: Callable, init: PyTree, length: int, levels: int) -> tuple[PyTree, PyTree]:
+class Budget(NamedTuple):
+    """Bytes that the values which a gradient keeps of a rollout may take."""
+
+    bytes: float
+
+
+def blocks_of(length: int, levels: int) -> tuple[int, ...]:
+    """The lengths of the nested blocks that `levels` stands for, from the outermost to the innermost."""
+    if levels <= 0:
+        return ()
+    if levels == 1 or length < 4:
+        return (1,)
+    inner = max(2, round(length ** ((levels - 1) / levels)))
+    return (inner, *blocks_of(inner, levels - 1))
+
+
+def blocks_within(length: int, state: int, residuals: int, budget: Budget) -> tuple[int, ...]:
+    """The nested blocks that cost the fewest evaluations within a budget, else those that need the least.
+
+    Of `length` steps everything is kept (`residuals` bytes a step), or a state (`state` bytes) for each block of b steps and
+    everything of one block, ⌈length/b⌉ state + b residuals; or for blocks of blocks. Each depth evaluates every step once more.
+    """
+
+    @functools.cache
+    def least(length: int, depth: int) -> tuple[int, tuple[int, ...]]:
+        if depth == 0:
+            return length * residuals, ()
+        found = []
+        for b in sorted({max(1, round(length ** (k / 64))) for k in range(65)}):
+            inside, blocks = least(b, depth - 1)
+            found.append((-(-length // b) * state + inside, (b, *blocks)))
+        return min(found)
+
+    plans = [least(length, depth) for depth in range(5)]
+    return next((blocks for peak, blocks in plans if peak <= budget.bytes), min(plans)[1])
+
+
+def _kept_bytes(step: Callable, state: PyTree) -> tuple[int, int]:
+    """(bytes of a state, bytes that the gradient of a step with respect to it keeps)."""
+    given, rest = eqx.partition(state, eqx.is_inexact_array)
+
+    def run(given: PyTree) -> PyTree:
+        return eqx.filter(step(eqx.combine(given, rest), None)[0], eqx.is_inexact_array)
+
+    size = lambda tree: sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
+    return size(given), size(jax.eval_shape(lambda q: jax.vjp(run, q)[1], given))
+
+
+def nested_scan(body: Callable, init: PyTree, length: int, levels: int | tuple[int, ...]) -> tuple[PyTree, PyTree]:
     """`lax.scan(body, init, None, length)` whose gradient keeps about levels · length^(1/levels) states instead of `length`.
 
     `levels` 0 stores everything, 1 checkpoints each step, 2 nests a checkpointed scan in a checkpointed scan, and so on
-    (Griewank 1992, doi:10.1080/10556789208805505, with equal splits). Results are the same whatever `levels` is.
+    (Griewank 1992, doi:10.1080/10556789208805505, with equal splits). A tuple gives the lengths of nested blocks instead; of the
+    innermost everything is stored. Results are the same whatever `levels` is.
     """
-    if levels <= 0:
+    blocks = blocks_of(length, levels) if isinstance(levels, int) else levels
+    if not blocks:
         return jax.lax.scan(body, init, None, length)
-    remat = jax.checkpoint(body, prevent_cse=False)
-    if levels == 1 or length < 4:
-        return jax.lax.scan(remat, init, None, length)
-    inner = max(2, round(length ** ((levels - 1) / levels)))
+    inner, *deeper = blocks
+    if inner == 1 and not deeper:
+        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), init, None, length)
     outer, rest = divmod(length, inner)
 
     def block(state, _):
-        return nested_scan(body, state, inner, levels - 1)
+        return nested_scan(body, state, inner, tuple(deeper))
 
     state, ys = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), init, None, outer)
     ys = jax.tree.map(lambda y: y.reshape(outer * inner, *y.shape[2:]), ys)
     if rest:
-        state, tail = nested_scan(body, state, rest, levels - 1)
+        state, tail = nested_scan(body, state, rest, tuple(b for b in deeper if b < rest) or (1,))
         ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, tail)
     return state, ys
 
@@ -518,10 +568,11 @@ def frames_of(
     step: Array,
     frames: int,
     every: int,
-    levels: int,
+    levels: int | Budget,
     observe: Callable[[Prepared, PyTree, PyTree], Any] = _decoded,
 ) -> tuple[tuple[PyTree, PyTree, Array], Any]:
-    """`frames` observations (by default decoded states), `every` model steps apart, checkpointed on `levels` levels.
+    """`frames` observations (by default decoded states), `every` model steps apart, checkpointed on `levels` levels, or as far as a
+    budget needs it.
 
     With adaptive time steps they are as far apart in time, and `levels` means nothing.
     """
@@ -533,17 +584,31 @@ def frames_of(
             return (z, carry, step + every), observe(prepared, z, carry)
 
         return jax.lax.scan(interval, (z, carry, step), None, frames)
-    if every == 1:
+
+    def step_body(state: tuple[PyTree, PyTree, Array], _):
+        z, carry, step = state
+        return model(z, carry, step, prepared), None
+
+    inner_levels: int | tuple[int, ...]
+    outer_levels: int | tuple[int, ...]
+    if isinstance(levels, Budget):
+        state, residuals = _kept_bytes(step_body, (z, carry, step))
+        if every == 1 or frames == 1:
+            blocks = blocks_within(frames * every, state, residuals, levels)
+            inner_levels, outer_levels = ((), blocks) if every == 1 else (blocks, ())
+        elif frames * every * residuals <= levels.bytes:
+            inner_levels, outer_levels = (), ()
+        else:
+            # A state for each frame, and what is left for the steps between two of them.
+            left = Budget(levels.bytes - frames * state)
+            inner_levels, outer_levels = blocks_within(every, state, residuals, left), (1,)
+    elif every == 1:
         inner_levels, outer_levels = 0, levels
     elif frames == 1 or levels <= 1:
         inner_levels, outer_levels = levels, 0
     else:
         # Frames are one level; the steps between them have the others, and two where there are many.
         inner_levels, outer_levels = max(levels - 1, 2 if every > 4 * frames else 1), 1
-
-    def step_body(state: tuple[PyTree, PyTree, Array], _):
-        z, carry, step = state
-        return model(z, carry, step, prepared), None
 
     def frame_body(state, _):
         if every == 1:
@@ -567,7 +632,15 @@ def _remembered(carry: PyTree, z: PyTree) -> PyTree:
 
 @eqx.filter_jit
 def _rolled(
-    model: Model, u: Array, carry: PyTree, step: Array, begin: Array, seed: int | Array, frames: int, every: int, levels: int
+    model: Model,
+    u: Array,
+    carry: PyTree,
+    step: Array,
+    begin: Array,
+    seed: int | Array,
+    frames: int,
+    every: int,
+    levels: int | Budget,
 ) -> tuple[PyTree, Array, Array]:
     """(carry, step, frames) of `rollout`; compiled once per structure, however often it is called."""
     prepared = model.prepare(u.dtype)
@@ -584,14 +657,23 @@ def _check_frames(name: str, frames: int, every: int) -> None:
 
 
 def rollout(
-    model: Model, start: State, frames: int, *, every: int = 1, checkpoint_levels: int = 0, seed: int | Array = 0
+    model: Model,
+    start: State,
+    frames: int,
+    *,
+    every: int = 1,
+    checkpoint_levels: int = 0,
+    gradient_memory: float | int | None = None,
+    seed: int | Array = 0,
 ) -> Trajectory:
     """[Φ^every(u), Φ^(2 every)(u), …]: `frames` states after `start`, `every` model steps apart.
 
     Differentiable in `start.u` and in every array of `model`. `checkpoint_levels`: 0 stores every stage of every step; 1 recomputes
     each step in the backward pass; 2 keeps about frames + every states (2 √n of n steps where there is one frame, or one step per
-    frame), and so on. The solver's own representation is kept from step to step, but a `State` holds the decoded one: going on from
-    `final` is exact up to `encode(decode(z))`. `frames_of` carries z itself.
+    frame), and so on. `gradient_memory`, in MiB, takes its place: as much of what a gradient needs is kept as fits, in blocks of
+    steps, and the rest is evaluated again (the backward pass of one step comes on top). The solver's own representation is kept
+    from step to step, but a `State` holds the decoded one: going on from `final` is exact up to `encode(decode(z))`. `frames_of`
+    carries z itself.
 
     With adaptive time steps (`model.courant`) frames are as far apart, `every` · `model.step_time`, and each lies at the end of a
     step; only forward differentiation is possible.
@@ -599,7 +681,8 @@ def rollout(
     _check_frames("rollout", frames, every)
     begin = jnp.asarray(start.t - start.step * model.step_time, start.u.dtype)
     step = jnp.asarray(start.step)
-    carry, step, u = _rolled(model, start.u, start.carry, step, begin, seed, frames, every, checkpoint_levels)
+    levels = checkpoint_levels if gradient_memory is None else Budget(gradient_memory * 2**20)
+    carry, step, u = _rolled(model, start.u, start.carry, step, begin, seed, frames, every, levels)
     times = start.t + model.step_time * every * np.arange(1, frames + 1)
     final = State(u[-1], step, float(times[-1]), carry)
     return Trajectory(u, times, final, model.solver)
@@ -607,7 +690,7 @@ def rollout(
 
 @eqx.filter_jit
 def _rolled_together(
-    model: Model, u: Array, carry: PyTree, step: Array, begin: Array, keys: Array, frames: int, every: int, levels: int
+    model: Model, u: Array, carry: PyTree, step: Array, begin: Array, keys: Array, frames: int, every: int, levels: int | Budget
 ) -> tuple[PyTree, Array, Array]:
     """(carry, step, frames) of `ensemble`."""
     prepared = model.prepare(u.dtype)
@@ -631,13 +714,14 @@ def ensemble(
     *,
     every: int = 1,
     checkpoint_levels: int = 0,
+    gradient_memory: float | int | None = None,
     seed: int | Array = 0,
 ) -> Ensemble:
     """[Φ^every(u⁽ˢ⁾), Φ^(2 every)(u⁽ˢ⁾), …] for every sample s: rollouts of many initial conditions at once.
 
-    **Arguments:** those of `rollout`, but `start` is `(sample, c, *grid)`, or a `State` of such (the `final` of another ensemble).
-    Sample s draws its random numbers from `jax.random.fold_in(key, s)`, where `key` is `seed` or `jax.random.key(seed)`; an array
-    of keys gives each sample its own.
+    **Arguments:** those of `rollout` (`gradient_memory` is for each sample), but `start` is `(sample, c, *grid)`, or a `State` of
+    such (the `final` of another ensemble). Sample s draws its random numbers from `jax.random.fold_in(key, s)`, where `key` is
+    `seed` or `jax.random.key(seed)`; an array of keys gives each sample its own.
 
     On CPU samples run side by side, one per JAX device (see `hybridsim.samples.use_all_cores`, which must come before JAX's first
     computation); elsewhere they run as one batch. A sample's result is that of its `rollout` to rounding, and does not depend on
@@ -656,7 +740,8 @@ def ensemble(
     step = jnp.asarray(start.step)
     # Padded before anything is compiled: XLA would fuse the padding with the encoding, and round otherwise than without it.
     u, carry, keys = padded((u, start.carry, keys))
-    carry, step, u = gathered(_rolled_together(model, u, carry, step, begin, keys, frames, every, checkpoint_levels))
+    levels = checkpoint_levels if gradient_memory is None else Budget(gradient_memory * 2**20)
+    carry, step, u = gathered(_rolled_together(model, u, carry, step, begin, keys, frames, every, levels))
     carry, u = jax.tree.map(lambda a: a[:count], (carry, u))
     times = start.t + model.step_time * every * np.arange(1, frames + 1)
     return Ensemble(u, times, State(u[:, -1], step, float(times[-1]), carry), model.solver)

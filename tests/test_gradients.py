@@ -305,7 +305,7 @@ def test_the_finiteness_test_can_fail():
     assert not all(np.isfinite(a).all() for a in _gradient_of_a_calm_flow("finite_volume", Naive(), (1.0, 0.5)))
 
 
-def _gradient_memory(kind, levels, closures, count=256, n=128):
+def _gradient_memory(kind, levels, closures, count=256, n=128, budget=None):
     """Bytes of temporaries of the compiled gradient through `count` steps, in float32; nothing is run."""
     solver = solver_of(kind, square(n), 1e-3, kolmogorov())
     model = Model(solver, default_stepper(kind), 0.005, closures)
@@ -313,7 +313,8 @@ def _gradient_memory(kind, levels, closures, count=256, n=128):
     @jax.jit
     def loss(u, viscosity):
         changed = eqx.tree_at(lambda m: m.solver.equation.viscosity, model, viscosity)
-        return jnp.sum(rollout(changed, State(u), 1, every=count, checkpoint_levels=levels).u ** 2)
+        frames = rollout(changed, State(u), 1, every=count, checkpoint_levels=levels, gradient_memory=budget)
+        return jnp.sum(frames.u**2)
 
     shape = jax.ShapeDtypeStruct((2, n, n), np.float32)
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(shape, jax.ShapeDtypeStruct((), np.float32)).compile()
@@ -324,7 +325,18 @@ def _gradient_memory(kind, levels, closures, count=256, n=128):
 def test_memory_of_the_gradient_through_256_steps(kind):
     mebibytes = {levels: _gradient_memory(kind, levels, ()) / 2**20 for levels in (0, 2)}
     print(kind, "bare", {k: f"{v:.1f} MiB" for k, v in mebibytes.items()})
-    assert mebibytes[2] < mebibytes[0] / 20
+    assert mebibytes[0] < {"spectral": 380, "finite_volume": 140}[kind]
+    assert mebibytes[2] < {"spectral": 5, "finite_volume": 14}[kind]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_the_gradient_keeps_to_its_budget(kind):
+    """One step's own backward pass comes on top."""
+    step = _gradient_memory(kind, 0, (), count=1) / 2**20
+    for budget in (40, 8):
+        found = _gradient_memory(kind, 0, (), budget=budget) / 2**20
+        print(kind, f"one step {step:.1f} MiB, budget {budget} MiB: {found:.1f} MiB")
+        assert found < budget + 2 * step
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from flows import BOTH, EXPLICIT, STEPPERS, Push, default_stepper, kolmogorov, l
 from hybridsim import storage
 from hybridsim.contract import Flux, Interpolation, PostStep, Source
 from hybridsim.corrections.eddy import Leith, Smagorinsky
-from hybridsim.model import Model, State, advance, nested_scan, rollout
+from hybridsim.model import Budget, Model, State, advance, blocks_within, nested_scan, rollout
 from hybridsim.solvers.steppers import ETDRK4, SSPRK3
 
 
@@ -61,7 +61,10 @@ def _start(kind, n=12, dtype=np.float32, seed=1):
 # --- rollouts --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("length", "levels"), [(1, 2), (3, 1), (5, 2), (16, 2), (23, 2), (23, 3), (23, 4), (4, 0)])
+@pytest.mark.parametrize(
+    ("length", "levels"),
+    [(1, 2), (3, 1), (5, 2), (16, 2), (23, 2), (23, 3), (23, 4), (4, 0), (23, (5,)), (23, (8, 3)), (4, (1, 1)), (7, ())],
+)
 def test_nested_scan_is_a_scan(levels, length):
     def body(state, _):
         state = 1.1 * jnp.sin(state) + 0.01
@@ -75,6 +78,18 @@ def test_nested_scan_is_a_scan(levels, length):
     gradient, plain = (jax.grad(lambda s, f=f: jnp.sum(f(s)[1]))(start) for f in (
         lambda s: nested_scan(body, s, length, levels), lambda s: jax.lax.scan(body, s, None, length)))  # fmt: skip
     np.testing.assert_allclose(gradient, plain, rtol=1e-5)
+
+
+def test_blocks_within_a_budget():
+    """Everything where it fits, else blocks near √n, else blocks of blocks; the least where nothing fits."""
+    assert blocks_within(64, 1, 10, Budget(640)) == ()
+    (b,) = blocks_within(64, 4, 16, Budget(200))
+    assert -(-64 // b) * 4 + b * 16 <= 200
+    assert 2 <= b <= 8
+    deep = blocks_within(1024, 4, 16, Budget(230))
+    assert len(deep) == 2
+    assert -(-1024 // deep[0]) * 4 + -(-deep[0] // deep[1]) * 4 + deep[1] * 16 <= 230
+    assert blocks_within(64, 4, 16, Budget(0)) != ()
 
 
 @pytest.mark.parametrize("kind", BOTH)
