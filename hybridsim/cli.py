@@ -242,9 +242,9 @@ def peers(
             )
         # Single precision all through: where JAX has double precision, the peers' constants take it.
         _start_jax(double=precision == "float64", keep=False)
-        from hybridsim.experiments.peers import run_peers
+        from hybridsim.config import timings
 
-        run_peers(known if family is None else (family,), quick, rounds, precision, str(out), _console())
+        timings("peers").run_peers(known if family is None else (family,), quick, rounds, precision, str(out), _console())
         return 0
 
     _leave(action)

@@ -396,6 +396,11 @@ def load_class(target: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
+def timings(name: str) -> Any:
+    """A module of timings among the experiments: `peers`."""
+    return importlib.import_module(f"hybridsim.experiments.{name}")
+
+
 def catalogue(kind: str) -> dict[str, str]:
     """The literal table of one kind: `steppers`, `equations`, `forcings`, `cooling`, `boundary_states`, `boundary_velocities`,
     `initial` or `closures`."""
