@@ -38,7 +38,7 @@ def pairs(family, dims, n):
         ("spectral", 2, 256, 2e-6),
         ("ks", 1, 512, 1e-10),
         ("finite_volume", 2, 32, 1e-10),
-        ("finite_volume", 3, 16, 1e-10),
+        pytest.param("finite_volume", 3, 16, 1e-10, marks=pytest.mark.slow),
     ],
 )
 def test_pairs_do_the_same_work(family, dims, n, limit):
@@ -107,7 +107,7 @@ def small_of(family):
     return first_pair, contest
 
 
-@pytest.mark.parametrize("family", ["ks", "finite_volume"])
+@pytest.mark.parametrize("family", ["ks", pytest.param("finite_volume", marks=pytest.mark.slow)])
 def test_the_table_and_the_file(tmp_path, monkeypatch, family):
     first_pair, contest = small_of(family)
     monkeypatch.setitem(peers.PAIRS, family, first_pair)
