@@ -46,7 +46,6 @@ from hybridsim.storage import environment, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-FAMILIES = ("spectral", "ks", "finite_volume")
 COMPARED_AFTER = 10
 """Steps after which the results of a pair are compared."""
 
@@ -183,7 +182,10 @@ def from_jax_cfd_finite_volume(solver: StaggeredFiniteVolume, u: jax.Array, meth
 
 def from_exponax(make: Callable[[Any, float], Any], z: jax.Array, values: Callable[[Any], np.ndarray], order: int) -> Code:
     """`make(exponax, Δt)`: one of its steppers, stepped in Fourier space from z `(c, *k)`, or `(sample, c, *k)`."""
-    exponax = importlib.import_module("exponax")
+    try:
+        exponax = importlib.import_module("exponax")
+    except ImportError as error:
+        raise ValueError(f"exponax cannot be used ({error}); install it with: pip install exponax") from error
     static = eqx.partition(make(exponax, 1e-3), eqx.is_array)[1]
     batched = z.ndim == static.num_spatial_dims + 2
 
@@ -377,12 +379,12 @@ class Entry(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """One flow from t = 0 to `end`, for many codes."""
+    """One flow from t = 0 to `end`, for many codes: those of one peer, and ours."""
 
     family: str
     case: str
     end: float
-    entries: list[Entry]
+    entries: Callable[[], list[Entry]]
 
 
 class Run(NamedTuple):
@@ -422,20 +424,23 @@ def spectral_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
     fine = Spectral2D(_square(2 * sizes[-1]), equation)
     start = np.asarray(fine.project(_velocity(fine.grid, (fine.grid.centre,) * 2, dtype, 3.0)))
     answer = solved(fine, start, end, 4 * sizes[-1])
-    entries: dict[str, list[Entry]] = {"jax-cfd": [], "exponax": []}
-    for n in sizes:
-        best, rival = (Spectral2D(_square(n), equation, dealias=kind) for kind in ("hou_li", "two_thirds"))
-        u = jnp.asarray(best.restrict(jnp.asarray(start, dtype), fine.grid, fine.variables), dtype)
-        mine = [ours(best, stepper, u) for stepper in (ETDRK4(), CrankNicolsonRK4())]
-        rivals = {
-            "jax-cfd": [from_jax_cfd_spectral(rival, u, f"crank_nicolson_rk{k}") for k in (4, 3)],
-            "exponax": [_exponax_vorticity(rival, u, order) for order in (4, 2)],
-        }
-        first = 1.4 * best.grid.spacing[0] / 7
-        for name, codes in rivals.items():
-            entries[name] += [Entry(n, first, code, _interpolated(answer)) for code in (*mine, *codes)]
-    for name, each in entries.items():
-        yield Contest("spectral", f"2D spectral, {name}", end, each)
+    error = _interpolated(answer)
+
+    def entries(peer: str) -> list[Entry]:
+        found = []
+        for n in sizes:
+            best, rival = (Spectral2D(_square(n), equation, dealias=kind) for kind in ("hou_li", "two_thirds"))
+            u = jnp.asarray(best.restrict(jnp.asarray(start, dtype), fine.grid, fine.variables), dtype)
+            codes = [ours(best, stepper, u) for stepper in (ETDRK4(), CrankNicolsonRK4())]
+            if peer == "jax-cfd":
+                codes += [from_jax_cfd_spectral(rival, u, f"crank_nicolson_rk{k}") for k in (4, 3)]
+            else:
+                codes += [_exponax_vorticity(rival, u, order) for order in (4, 2)]
+            found += [Entry(n, 1.4 * best.grid.spacing[0] / 7, code, error) for code in codes]
+        return found
+
+    for peer in ("jax-cfd", "exponax"):
+        yield Contest("spectral", f"2D spectral, {peer}", end, functools.partial(entries, peer))
 
 
 def _interpolated(answer: np.ndarray) -> Callable[[np.ndarray], float]:
@@ -470,12 +475,17 @@ def ks_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
     fine = SpectralKS(Grid((2 * sizes[-1],), (length,)), KuramotoSivashinsky())
     start = np.asarray(fine.project(_waves(fine.grid, 1, dtype)[0]))
     answer = solved(fine, start, end, 5_000)
-    entries = []
-    for n in sizes:
-        best, rival = (SpectralKS(Grid((n,), (length,)), KuramotoSivashinsky(), dealias=kind) for kind in ("hou_li", "two_thirds"))
-        u = jnp.asarray(best.restrict(jnp.asarray(start, dtype), fine.grid, fine.variables), dtype)
-        codes = [ours(best, ETDRK4(), u), *(_exponax_ks(rival, u, order) for order in (4, 2))]
-        entries += [Entry(n, 1.0, code, _interpolated(answer)) for code in codes]
+
+    def entries() -> list[Entry]:
+        found = []
+        for n in sizes:
+            grid = Grid((n,), (length,))
+            best, rival = (SpectralKS(grid, KuramotoSivashinsky(), dealias=kind) for kind in ("hou_li", "two_thirds"))
+            u = jnp.asarray(best.restrict(jnp.asarray(start, dtype), fine.grid, fine.variables), dtype)
+            codes = [ours(best, ETDRK4(), u), *(_exponax_ks(rival, u, order) for order in (4, 2))]
+            found += [Entry(n, 1.0, code, _interpolated(answer)) for code in codes]
+        return found
+
     yield Contest("ks", "KS, exponax", end, entries)
 
 
@@ -484,8 +494,9 @@ def finite_volume_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
     fine = Spectral2D(_square(2 * sizes[-1]), NavierStokes(0.02 if quick else 0.005))
     start = np.asarray(fine.project(_velocity(fine.grid, (fine.grid.centre,) * 2, dtype, 2.0)))
     answer = solved(fine, start, end, 4 * sizes[-1])
-    for convection in ("van_leer",) if quick else ("van_leer", "central"):
-        entries = []
+
+    def entries(convection: Convection) -> list[Entry]:
+        found = []
         for n in sizes:
             solver = StaggeredFiniteVolume(_square(n), fine.equation, convection)
             with double_precision():
@@ -497,9 +508,12 @@ def finite_volume_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
             codes = [ours(solver, SSPRK3(), u), ours(solver, SSPRK2(), u)]
             codes += [from_jax_cfd_finite_volume(solver, u, method) for method in methods]
             codes += [from_jax_cfd_finite_volume(solver, u, methods[0], stock=True)] if convection == "van_leer" else []
-            first = 2 * solver.grid.spacing[0] / 7
-            entries += [Entry(n, first, code, _on_its_grid(converged)) for code in codes]
-        yield Contest("finite_volume", f"2D {convection}, jax-cfd", end, entries)
+            found += [Entry(n, 2 * solver.grid.spacing[0] / 7, code, _on_its_grid(converged)) for code in codes]
+        return found
+
+    schemes: tuple[Convection, ...] = ("van_leer",) if quick else ("van_leer", "central")
+    for convection in schemes:
+        yield Contest("finite_volume", f"2D {convection}, jax-cfd", end, functools.partial(entries, convection))
 
 
 CONTESTS: dict[str, Callable[[bool, Any], Iterator[Contest]]] = {
@@ -544,7 +558,7 @@ def cost_at(error: float, runs: Sequence[Run], which: int) -> tuple[float, Run] 
 
 def settled(contest: Contest, dtype: Any, rounds: int) -> list[dict[str, Any]]:
     """Rows of `equal_accuracy`: one for each error between the first guess and the best of the less accurate code."""
-    timed = [(entry, Timed(entry.code, dtype)) for entry in contest.entries]
+    timed = [(entry, Timed(entry.code, dtype)) for entry in contest.entries()]
     runs: dict[bool, list[Run]] = {True: [], False: []}
     for size in dict.fromkeys(entry.size for entry, _ in timed):
         of_size = [both for both in timed if both[0].size == size]
@@ -635,7 +649,8 @@ def print_contests(rows: Sequence[Mapping[str, Any]], console: "Console") -> Non
 def run_peers(families: Sequence[str], quick: bool, rounds: int, precision: str, out: str, console: "Console") -> None:
     """Time the pairs and settle the contests of these families, print both tables, write `out`.
 
-    A peer that is not installed or does not work with this JAX is named with the reason, and the others go on.
+    A peer that is not installed or does not work with this JAX is named with the reason, and the others go on; what was found is
+    saved whatever ends the command.
     """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -644,28 +659,31 @@ def run_peers(families: Sequence[str], quick: bool, rounds: int, precision: str,
     equal: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
-    with warnings.catch_warnings(), progress:
-        warnings.simplefilter("ignore")
-        task = progress.add_task("")
 
-        def attempt(label: str, action: Callable[[], Any]) -> Any:
-            progress.update(task, description=label)
-            try:
-                return action()
-            except (ImportError, ValueError) as error:
-                missing.setdefault(str(error), label)
-                return None
+    def attempt(label: str, action: Callable[[], Any]) -> Any:
+        progress.update(task, description=label)
+        try:
+            return action()
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            missing.setdefault(" ".join(str(error).split())[:300], label)
+            return None
 
-        for family in families:
-            for pair in PAIRS[family](quick, dtype):
-                label = f"{pair.case}, {'×'.join(map(str, pair.size))}"
-                row = attempt(label, functools.partial(timed_pair, pair, dtype, rounds))
-                rows += [row] if row else []
-            label, contests = f"{family}: equal accuracy", CONTESTS[family](quick, dtype)
-            while (contest := attempt(label, functools.partial(next, contests, None))) is not None:
-                equal += attempt(f"equal accuracy: {contest.case}", functools.partial(settled, contest, dtype, rounds)) or []
     today = datetime.date.today().isoformat()
     found = environment() | {name: _version(name) for name in ("jax-cfd", "exponax")}
+    task = progress.add_task("")
+    try:
+        with warnings.catch_warnings(), progress:
+            warnings.simplefilter("ignore")
+            for family in families:
+                for pair in PAIRS[family](quick, dtype):
+                    label = f"{pair.case}, {'×'.join(map(str, pair.size))}"
+                    row = attempt(label, functools.partial(timed_pair, pair, dtype, rounds))
+                    rows += [row] if row else []
+                contests = CONTESTS[family](quick, dtype)
+                while (contest := attempt(f"{family}: equal accuracy", functools.partial(next, contests, None))) is not None:
+                    equal += attempt(f"equal accuracy: {contest.case}", functools.partial(settled, contest, dtype, rounds)) or []
+    finally:
+        write_json(out, {"date": today, "versions": found, "rows": rows, "equal_accuracy": equal})
     codes = ", ".join(f"{name} {found[name]}" for name in ("jax", "jax-cfd", "exponax"))
     console.print(f"{found['device']}, {found['threads']} threads, {codes}, {precision}, {today}; ours / peer")
     if rows:
@@ -673,8 +691,7 @@ def run_peers(families: Sequence[str], quick: bool, rounds: int, precision: str,
     if equal:
         print_contests(equal, console)
     for reason, label in missing.items():
-        console.print(f"not timed: {label}: {reason}", style="yellow")
-    write_json(out, {"date": today, "versions": found, "rows": rows, "equal_accuracy": equal})
+        console.print(f"not timed: {label}: {reason}", style="yellow", markup=False)
     console.print(f"written: {out}")
 
 

@@ -1,6 +1,7 @@
 """`hybridsim peers`: both sides of a pair do the same work, costs are read off as stated, and the file says so."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,9 @@ def small_of(family):
 
     def contest(quick, dtype):
         found = next(contests_of(quick, dtype))
-        sizes = sorted({entry.size for entry in found.entries})[:2]
-        yield found._replace(entries=[entry for entry in found.entries if entry.size in sizes])
+        entries = found.entries()
+        sizes = sorted({entry.size for entry in entries})[:2]
+        yield found._replace(entries=lambda: [entry for entry in entries if entry.size in sizes])
 
     return first_pair, contest
 
@@ -145,6 +147,29 @@ def test_a_peer_that_is_missing_is_named(tmp_path, monkeypatch):
     peers.run_peers(("ks",), True, 3, "float32", str(tmp_path / "peers.json"), console)
     assert "not timed: ETDRK4, 8: No module named 'exponax'" in console.export_text()
     assert json.loads((tmp_path / "peers.json").read_text())["rows"] == []
+
+
+def test_what_was_found_is_saved_when_it_is_stopped(tmp_path, monkeypatch):
+    first_pair = small_of("ks")[0]
+
+    def stopped(quick, dtype):
+        yield from first_pair(quick, dtype)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(peers.PAIRS, "ks", stopped)
+    monkeypatch.setattr(peers, "SECONDS", 1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        peers.run_peers(("ks",), True, 3, "float32", str(tmp_path / "peers.json"), Console(width=170, record=True))
+    assert len(json.loads((tmp_path / "peers.json").read_text())["rows"]) == 1
+
+
+def test_without_exponax_the_others_go_on(monkeypatch):
+    """The contest with jax-cfd does not need it, and the refusal says what to do."""
+    monkeypatch.setitem(sys.modules, "exponax", None)
+    first, second = peers.spectral_contests(True, jnp.float32)
+    assert {entry.code.name for entry in first.entries()} == {"hybridsim", "jax-cfd"}
+    with pytest.raises(ValueError, match="pip install exponax"):
+        second.entries()
 
 
 @pytest.mark.parametrize(
