@@ -1,11 +1,14 @@
 """Our steppers and the installed peers in turn in one process: nanoseconds per cell and step, and cost at equal accuracy.
 
-    hybridsim peers [spectral | ks | finite_volume] [--quick] [--rounds 5] [--precision float32] [--out peers.json]
+    hybridsim peers [spectral | ks | finite_volume] [--quick] [--rounds 5] [--precision float32] [--same-options] [--out peers.json]
 
 **Same work.** A pair starts from the same flow and takes as many steps of the same Δt with the same scheme, each code inside one
 compiled loop. The peers run as fast as their public parts allow: jax-cfd's vorticity and exponax's coefficients stay in Fourier
 space, batches are `jax.vmap`. After a warm-up the two run in turn, `rounds` times. A ratio is the peer's time over ours: above 1 we
 are faster. `error` is the largest difference of the two results after a few steps, relative to the largest value.
+
+Ours is compiled with its `compiler_options`, as every command of ours is, the peers with none, as they come; `--same-options` gives
+them ours.
 
 **Equal accuracy.** Every stepper of either code solves one flow with smaller and smaller Δt on finer and finer grids. Errors are
 those at the end, in the mean square, relative to a converged answer in double precision: of the trigonometric interpolant for
@@ -23,6 +26,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
@@ -30,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybridsim.compilation import compiler_options, written_anew
 from hybridsim.contract import AbstractSolver, AbstractStepper
 from hybridsim.grid import Grid
 from hybridsim.model import Model, Prepared
@@ -63,6 +68,7 @@ class Code(NamedTuple):
     - `constants`: Δt -> arrays that no step changes.
     - `advance`: (constants, z, n) -> z after n steps.
     - `start`: z at the start; `values`: z -> u, on the host.
+    - `options`: for the compiler; the peers set none.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Code(NamedTuple):
     advance: Callable[[Any, Any, Any], Any]
     start: Any
     values: Callable[[Any], np.ndarray]
+    options: Mapping[str, str] = MappingProxyType({})
 
 
 class Timed:
@@ -80,7 +87,8 @@ class Timed:
         self.code, self.dtype = code, dtype
         begin = time.perf_counter()
         constants = self._constants(1e-3)
-        self._run = jax.jit(code.advance).lower(constants, code.start, jnp.zeros((), jnp.int32)).compile()
+        compiled = jax.jit(code.advance, compiler_options=dict(code.options) or None)
+        self._run = compiled.lower(constants, code.start, jnp.zeros((), jnp.int32)).compile()
         self.compile_s = time.perf_counter() - begin
         memory = self._run.memory_analysis()
         parts = ("temp_size_in_bytes", "argument_size_in_bytes", "output_size_in_bytes")
@@ -127,10 +135,12 @@ def ours(solver: AbstractSolver, stepper: AbstractStepper, u: jax.Array, batched
         return jax.lax.fori_loop(0, n, step, (z, carry))[0]
 
     def advance(ready, z, n):
+        z = written_anew(z, n)
         return over_samples(one, (ready, n), z, together=model.together) if batched else one((ready, n), z)
 
     name = {"ForwardEuler": "euler", "CrankNicolsonRK4": "cn_rk4"}.get(type(stepper).__name__, type(stepper).__name__.lower())
-    return Code("hybridsim", name, constants, advance, encode(u), lambda z: np.asarray(decode(z)))
+    options = compiler_options(model)
+    return Code("hybridsim", name, constants, advance, encode(u), lambda z: np.asarray(decode(z)), options)
 
 
 def from_jax_cfd_spectral(solver: Spectral2D, u: jax.Array, method: str) -> Code:
@@ -342,9 +352,10 @@ def _spread(ratios: Sequence[float]) -> list[float]:
     return [min(ratios), statistics.median(ratios), max(ratios)]
 
 
-def timed_pair(pair: Pair, dtype: Any, rounds: int) -> dict[str, Any]:
-    """One row of `rows`."""
-    mine, peer = (Timed(code, dtype) for code in pair.codes())
+def timed_pair(pair: Pair, dtype: Any, rounds: int, same_options: bool = False) -> dict[str, Any]:
+    """One row of `rows`; with `same_options` the peer is compiled with our options too."""
+    first, second = pair.codes()
+    mine, peer = Timed(first, dtype), Timed(second._replace(options=first.options) if same_options else second, dtype)
     a, b = (code.code.values(code(pair.dt, COMPARED_AFTER)[1]) for code in (mine, peer))
     seconds = in_turn((mine, peer), pair.dt, rounds)
     to_ns = 1e9 / pair.cells
@@ -556,9 +567,13 @@ def cost_at(error: float, runs: Sequence[Run], which: int) -> tuple[float, Run] 
     return None
 
 
-def settled(contest: Contest, dtype: Any, rounds: int) -> list[dict[str, Any]]:
+def settled(contest: Contest, dtype: Any, rounds: int, same_options: bool = False) -> list[dict[str, Any]]:
     """Rows of `equal_accuracy`: one for each error between the first guess and the best of the less accurate code."""
-    timed = [(entry, Timed(entry.code, dtype)) for entry in contest.entries()]
+    entries = contest.entries()
+    if same_options:
+        own = {entry.size: entry.code.options for entry in entries if entry.code.name == "hybridsim"}
+        entries = [entry._replace(code=entry.code._replace(options=own.get(entry.size, entry.code.options))) for entry in entries]
+    timed = [(entry, Timed(entry.code, dtype)) for entry in entries]
     runs: dict[bool, list[Run]] = {True: [], False: []}
     for size in dict.fromkeys(entry.size for entry, _ in timed):
         of_size = [both for both in timed if both[0].size == size]
@@ -646,7 +661,9 @@ def print_contests(rows: Sequence[Mapping[str, Any]], console: "Console") -> Non
     console.print(table)
 
 
-def run_peers(families: Sequence[str], quick: bool, rounds: int, precision: str, out: str, console: "Console") -> None:
+def run_peers(
+    families: Sequence[str], quick: bool, rounds: int, precision: str, out: str, console: "Console", same_options: bool = False
+) -> None:
     """Time the pairs and settle the contests of these families, print both tables, write `out`.
 
     A peer that is not installed or does not work with this JAX is named with the reason, and the others go on; what was found is
@@ -677,13 +694,15 @@ def run_peers(families: Sequence[str], quick: bool, rounds: int, precision: str,
             for family in families:
                 for pair in PAIRS[family](quick, dtype):
                     label = f"{pair.case}, {'×'.join(map(str, pair.size))}"
-                    row = attempt(label, functools.partial(timed_pair, pair, dtype, rounds))
+                    row = attempt(label, functools.partial(timed_pair, pair, dtype, rounds, same_options))
                     rows += [row] if row else []
                 contests = CONTESTS[family](quick, dtype)
                 while (contest := attempt(f"{family}: equal accuracy", functools.partial(next, contests, None))) is not None:
-                    equal += attempt(f"equal accuracy: {contest.case}", functools.partial(settled, contest, dtype, rounds)) or []
+                    label = f"equal accuracy: {contest.case}"
+                    equal += attempt(label, functools.partial(settled, contest, dtype, rounds, same_options)) or []
     finally:
-        write_json(out, {"date": today, "versions": found, "rows": rows, "equal_accuracy": equal})
+        options = "same" if same_options else "own"
+        write_json(out, {"date": today, "versions": found, "compiler_options": options, "rows": rows, "equal_accuracy": equal})
     codes = ", ".join(f"{name} {found[name]}" for name in ("jax", "jax-cfd", "exponax"))
     console.print(f"{found['device']}, {found['threads']} threads, {codes}, {precision}, {today}; ours / peer")
     if rows:

@@ -225,6 +225,7 @@ def peers(
     quick: Annotated[bool, typer.Option("--quick", help="A few small grids: about two minutes.")] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="How often the codes of a pair take turns.")] = 5,
     precision: Annotated[str, typer.Option("--precision", help="float32 or float64.")] = "float32",
+    same_options: Annotated[bool, typer.Option("--same-options", help="Compile the peers with our compiler options too.")] = False,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the table is saved.")] = Path("peers.json"),
 ) -> None:
     """Time our steppers against the installed peers (jax-cfd, exponax), in turn: same scheme, and equal accuracy."""
@@ -244,7 +245,8 @@ def peers(
         _start_jax(double=precision == "float64", keep=False)
         from hybridsim.config import timings
 
-        timings("peers").run_peers(known if family is None else (family,), quick, rounds, precision, str(out), _console())
+        families = known if family is None else (family,)
+        timings("peers").run_peers(families, quick, rounds, precision, str(out), _console(), same_options)
         return 0
 
     _leave(action)

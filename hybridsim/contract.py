@@ -188,6 +188,12 @@ class AbstractSolver(eqx.Module):
     def conserved(self) -> tuple[str, ...]:
         """Names of the channels whose sums nothing but `injected` may change."""
 
+    @property
+    def serial_kernels(self) -> bool:
+        """Whether on a CPU nothing but transforms and matrix products should be shared out among threads; see
+        `hybridsim.compilation`."""
+        return False
+
     def free_weights(self) -> int:
         """How many free coefficients an `Interpolation` closure has per face, side and channel; 0 where none are offered."""
         return 0

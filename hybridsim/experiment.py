@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridsim import diagnostics, gas, statistics, storage
+from hybridsim.compilation import SolverJit, written_anew
 from hybridsim.contract import AbstractSolver
 from hybridsim.model import MOST_STEPS, Model, Prepared, adaptive_steps, frames_of
 from hybridsim.progress import Reporter
@@ -191,7 +192,7 @@ def _prepare(model: Model, dtype: Any) -> Prepared:
     return model.prepare(dtype)
 
 
-@eqx.filter_jit
+@SolverJit
 def _chunk(model: Model, prepared: Prepared, state: Any, frames: int, every: int) -> tuple[Any, Any]:
     """`frames` frames of every sample."""
 
@@ -202,6 +203,7 @@ def _chunk(model: Model, prepared: Prepared, state: Any, frames: int, every: int
 
     # All samples are at the same step: one clock for those that are stepped together.
     z, carry, step = state
+    z = written_anew(z, step[0])
     z, carry, out = over_samples(one, (model, prepared, step[0]), z, carry, together=model.together)
     return (z, carry, step + frames * every), out
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from hybridsim.compilation import SolverJit, written_anew
 from hybridsim.contract import (
     KEPT,
     AbstractClosure,
@@ -488,9 +489,9 @@ def blocks_within(length: int, state: int, residuals: int, budget: Budget) -> tu
     """The nested blocks that cost the fewest evaluations within a budget, else those that need the least.
 
     Of `length` steps everything is kept (`residuals` bytes a step), or a state (`state` bytes) for each block of b steps and
-    everything of one block, ⌈length/b⌉ state + b residuals; or for blocks of blocks. Each depth evaluates every step once more.
+    everything of one block, ⌈length/b⌉ state + b residuals; or for blocks of blocks. Each depth evaluates steps once more, all but
+    those of the last block; so blocks are as long as fits, and the last not much shorter than the others.
     """
-
     @functools.cache
     def least(length: int, depth: int) -> tuple[int, tuple[int, ...]]:
         if depth == 0:
@@ -631,22 +632,26 @@ def _remembered(carry: PyTree, z: PyTree) -> PyTree:
 
 
 @eqx.filter_jit
-def _rolled(
-    model: Model,
-    u: Array,
-    carry: PyTree,
-    step: Array,
-    begin: Array,
-    seed: int | Array,
-    frames: int,
-    every: int,
-    levels: int | Budget,
-) -> tuple[PyTree, Array, Array]:
-    """(carry, step, frames) of `rollout`; compiled once per structure, however often it is called."""
-    prepared = model.prepare(u.dtype)
+def _prepared(model: Model, dtype: Any) -> Prepared:
+    """What all steps need. This and the encoding are programs of their own: within the steps' the many small arrays would be made
+    by several threads, of which one would go on alone (see `hybridsim.compilation`)."""
+    return model.prepare(dtype)
+
+
+@eqx.filter_jit
+def _begun(model: Model, prepared: Prepared, u: Array, carry: PyTree, begin: Array, seed: int | Array) -> tuple[PyTree, PyTree]:
+    """(z, carry) at the start of `rollout`."""
     if carry is None:
         carry = model.init_carry(u, seed, begin)
-    z = _remembering(prepared.solver.encode(u), carry)
+    return _remembering(prepared.solver.encode(u), carry), carry
+
+
+@SolverJit
+def _rolled(
+    model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, frames: int, every: int, levels: int | Budget
+) -> tuple[PyTree, Array, Array]:
+    """(carry, step, frames) of `rollout`; compiled once per structure, however often it is called."""
+    z = written_anew(z, step)
     (z, carry, step), out = frames_of(model, prepared, z, carry, step, frames, every, levels)
     return _remembered(carry, z), step, out
 
@@ -682,21 +687,30 @@ def rollout(
     begin = jnp.asarray(start.t - start.step * model.step_time, start.u.dtype)
     step = jnp.asarray(start.step)
     levels = checkpoint_levels if gradient_memory is None else Budget(gradient_memory * 2**20)
-    carry, step, u = _rolled(model, start.u, start.carry, step, begin, seed, frames, every, levels)
+    prepared = _prepared(model, start.u.dtype)
+    z, carry = _begun(model, prepared, start.u, start.carry, begin, seed)
+    carry, step, u = _rolled(model, prepared, z, carry, step, frames, every, levels)
     times = start.t + model.step_time * every * np.arange(1, frames + 1)
     final = State(u[-1], step, float(times[-1]), carry)
     return Trajectory(u, times, final, model.solver)
 
 
 @eqx.filter_jit
-def _rolled_together(
-    model: Model, u: Array, carry: PyTree, step: Array, begin: Array, keys: Array, frames: int, every: int, levels: int | Budget
-) -> tuple[PyTree, Array, Array]:
-    """(carry, step, frames) of `ensemble`."""
-    prepared = model.prepare(u.dtype)
+def _begun_together(
+    model: Model, prepared: Prepared, u: Array, carry: PyTree, begin: Array, keys: Array
+) -> tuple[PyTree, PyTree]:
+    """(z, carry) at the start of `ensemble`."""
     if carry is None:
         carry = jax.vmap(lambda q, key: model.init_carry(q, key, begin))(u, keys)
-    z = jax.lax.optimization_barrier(jax.vmap(lambda u, carry: _remembering(prepared.solver.encode(u), carry))(u, carry))
+    return jax.vmap(lambda u, carry: _remembering(prepared.solver.encode(u), carry))(u, carry), carry
+
+
+@SolverJit
+def _rolled_together(
+    model: Model, prepared: Prepared, z: PyTree, carry: PyTree, step: Array, frames: int, every: int, levels: int | Budget
+) -> tuple[PyTree, Array, Array]:
+    """(carry, step, frames) of `ensemble`."""
+    z = jax.lax.optimization_barrier(written_anew(z, step))
 
     def one(shared: tuple[Model, Prepared, Array], z: PyTree, carry: PyTree) -> tuple[PyTree, Array]:
         model, prepared, step = shared
@@ -741,7 +755,9 @@ def ensemble(
     # Padded before anything is compiled: XLA would fuse the padding with the encoding, and round otherwise than without it.
     u, carry, keys = padded((u, start.carry, keys))
     levels = checkpoint_levels if gradient_memory is None else Budget(gradient_memory * 2**20)
-    carry, step, u = gathered(_rolled_together(model, u, carry, step, begin, keys, frames, every, levels))
+    prepared = _prepared(model, u.dtype)
+    z, carry = _begun_together(model, prepared, u, carry, begin, keys)
+    carry, step, u = gathered(_rolled_together(model, prepared, z, carry, step, frames, every, levels))
     carry, u = jax.tree.map(lambda a: a[:count], (carry, u))
     times = start.t + model.step_time * every * np.arange(1, frames + 1)
     return Ensemble(u, times, State(u[:, -1], step, float(times[-1]), carry), model.solver)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hybridsim import storage
+from hybridsim.compilation import SolverJit, written_anew
 from hybridsim.contract import AbstractSolver, AbstractStepper, full_step
 from hybridsim.grid import Grid, resample
 from hybridsim.samples import gathered, over_samples
@@ -33,22 +34,26 @@ class FineRunError(Exception):
 
 
 @eqx.filter_jit
+def _coefficients(solver: AbstractSolver, stepper: AbstractStepper, dt: Array, dtype: Any) -> Any:
+    """What the steps of one Δt need, made by a program of its own (see `hybridsim.compilation`); `solver` is prepared."""
+    return stepper.prepare(solver, dt, dtype)
+
+
+@SolverJit
 def _leap(
-    solver: AbstractSolver, stepper: AbstractStepper, z: Any, t: Array, dt: Array, count: Array, dtype: Any
+    solver: AbstractSolver, stepper: AbstractStepper, coefficients: Any, z: Any, t: Array, dt: Array, count: Array
 ) -> tuple[Any, Float[Array, "sample c *grid"]]:
-    """`count` steps of every sample without closures, and the decoded states; dt and count are traced, so nothing recompiles."""
-    prepared = solver.prepare(dtype)
-    coefficients = stepper.prepare(prepared, dt, dtype)
-    step = dt.astype(dtype)
+    """`count` steps of every sample without closures, and the decoded states; dt and count are traced, so nothing recompiles.
+    `solver` is prepared."""
     nothing = lambda _q, _t: None  # noqa: E731
 
     def one(shared: Any, z: Any) -> tuple[Any, Array]:
-        solver, stepper, coefficients, t, step, count = shared
-        advance = lambda i, q: full_step(solver, stepper, coefficients, q, t + i.astype(dtype) * step, step, nothing)  # noqa: E731
+        solver, stepper, coefficients, t, dt, count = shared
+        advance = lambda i, q: full_step(solver, stepper, coefficients, q, t + i.astype(t.dtype) * dt, dt, nothing)  # noqa: E731
         z = jax.lax.fori_loop(0, count, advance, z)
         return z, solver.decode(z)
 
-    return over_samples(one, (prepared, stepper, coefficients, t, step, count), z)
+    return over_samples(one, (solver, stepper, coefficients, t, dt, count), written_anew(z, count))
 
 
 @eqx.filter_jit
@@ -76,7 +81,8 @@ def fine_run(
     Returns the last states and the smallest Δt. Raises `FineRunError` when a state is no longer finite.
     """
     dtype = u.dtype
-    z = jax.jit(jax.vmap(solver.prepare(dtype).encode))(u)
+    solver = eqx.filter_jit(lambda s: s.prepare(dtype))(solver)
+    z = eqx.filter_jit(lambda s, q: jax.vmap(s.encode)(q))(solver, u)
     watch(0, u)
     smallest = math.inf
     for frame in range(1, frames + 1):
@@ -86,7 +92,9 @@ def fine_run(
         count = max(1, math.ceil(interval / (courant * limit if dt is None else dt) - 1e-9))
         smallest = min(smallest, interval / count)
         t = jnp.asarray((frame - 1) * interval, dtype)
-        z, u = gathered(_leap(solver, stepper, z, t, jnp.asarray(interval / count), jnp.asarray(count), dtype))
+        step = jnp.asarray(interval / count)
+        coefficients = _coefficients(solver, stepper, step, dtype)
+        z, u = gathered(_leap(solver, stepper, coefficients, z, t, step.astype(dtype), jnp.asarray(count)))
         if not bool(jnp.isfinite(u).all()):
             raise FineRunError(f"the fine run stopped being finite between t = {(frame - 1) * interval:g} and {frame * interval:g}")
         watch(frame, u)

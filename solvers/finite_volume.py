@@ -6,6 +6,7 @@ Velocity component a lives at the right face of axis a, a scalar at the cell cen
 flux point `at_c + ½ e_a` folded into (0, 1]: the cell centre if a = c, a face for a scalar, otherwise the edge between two faces.
 """
 
+import math
 from typing import Any, ClassVar, Literal
 
 import equinox as eqx
@@ -31,6 +32,9 @@ from hybridsim.solvers.staggering import part
 from hybridsim.solvers.walls import HALO, boundary_velocity, check_walls, fixed_velocities, padded, side_name, value_on_side
 
 Convection = Literal["van_leer", "central"]
+
+SERIAL_CELLS = 2**14
+"""On a CPU sharing kernels out among threads costs more than it gains up to so many cells (measured: 128², not 256² or 32³)."""
 
 
 def shift(u: Float[Array, "*grid"], offset: int, axis: int) -> Float[Array, "*grid"]:
@@ -215,6 +219,10 @@ class StaggeredFiniteVolume(AbstractSolver):
             across = tuple(b != c for b in range(dims))
             out.append(resample(q, self.grid.shape, fine.at, self._place(c), average=across, alias=True))
         return jnp.stack(out)
+
+    @property
+    def serial_kernels(self) -> bool:
+        return math.prod(self.grid.shape) <= SERIAL_CELLS
 
     @property
     def conserved(self) -> tuple[str, ...]:

@@ -109,6 +109,10 @@ class _Spectral(AbstractSolver):
         return tuple(v.name for v in self.variables)
 
     @property
+    def serial_kernels(self) -> bool:
+        return True
+
+    @property
     def _places(self):
         return (self.grid.centre,) * self.dims
 
