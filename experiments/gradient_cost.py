@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridsim.compilation import compiler_options
 from hybridsim.contract import AbstractSolver, AbstractStepper
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
@@ -72,7 +71,7 @@ def measured(
     compiled = []
     for function in (last, jax.grad(lambda u: jnp.sum(last(u) ** 2))):
         begin = time.perf_counter()
-        made = jax.jit(function, compiler_options=compiler_options(model) or None).lower(u).compile()
+        made = jax.jit(function).lower(u).compile()
         compiled.append((made, time.perf_counter() - begin))
         jax.block_until_ready(made(u))
     seconds: list[list[float]] = [[], []]

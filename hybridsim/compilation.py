@@ -58,9 +58,9 @@ def compiler_options(solver: Any) -> dict[str, str]:
     return dict(_understood())
 
 
-def _inside_jit() -> bool:
-    """Whether what is computed now becomes part of a program that somebody else compiles."""
-    return isinstance(jnp.zeros(()), Tracer)
+def _outermost(arguments: Any) -> bool:
+    """Whether a program for these arguments is compiled alone: neither inside another `jit`, nor to be transformed."""
+    return not any(isinstance(a, Tracer) for a in [jnp.zeros(()), *jax.tree.leaves(arguments)])
 
 
 def _jitted(function: Callable, options: tuple[tuple[str, str], ...]) -> Any:
@@ -68,23 +68,23 @@ def _jitted(function: Callable, options: tuple[tuple[str, str], ...]) -> Any:
 
 
 class SolverJit:
-    """`eqx.filter_jit(function)` for a function whose first argument is a solver or a `Model`: with its `compiler_options`, unless
-    it is called inside another `jit`."""
+    """`eqx.filter_jit(function)` for a function whose first argument is a solver or a `Model`: with its `compiler_options` where it
+    is the outermost, and no gradient, `jvp` or `vmap` is taken of it (JAX knows no options there)."""
 
     def __init__(self, function: Callable):
         self._compiled = cache(lambda options: _jitted(function, options))
         update_wrapper(self, function)
 
-    def _for(self, first: Any) -> Any:
-        options = compiler_options(first) if not _inside_jit() else {}
+    def _for(self, *args: Any, **kwargs: Any) -> Any:
+        options = compiler_options(args[0]) if _outermost((args, kwargs)) else {}
         return self._compiled(tuple(options.items()))
 
     def __call__(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._for(first)(first, *args, **kwargs)
+        return self._for(first, *args, **kwargs)(first, *args, **kwargs)
 
     def lower(self, first: Any, *args: Any, **kwargs: Any) -> Any:
         """The program lowered for these arguments, to be compiled by `.compile()`."""
-        return self._for(first).lower(first, *args, **kwargs)
+        return self._for(first, *args, **kwargs).lower(first, *args, **kwargs)
 
 
 def written_anew(tree: PyTree, count: Array) -> PyTree:

@@ -492,6 +492,7 @@ def blocks_within(length: int, state: int, residuals: int, budget: Budget) -> tu
     everything of one block, ⌈length/b⌉ state + b residuals; or for blocks of blocks. Each depth evaluates steps once more, all but
     those of the last block; so blocks are as long as fits, and the last not much shorter than the others.
     """
+
     @functools.cache
     def least(length: int, depth: int) -> tuple[int, tuple[int, ...]]:
         if depth == 0:
@@ -696,9 +697,7 @@ def rollout(
 
 
 @eqx.filter_jit
-def _begun_together(
-    model: Model, prepared: Prepared, u: Array, carry: PyTree, begin: Array, keys: Array
-) -> tuple[PyTree, PyTree]:
+def _begun_together(model: Model, prepared: Prepared, u: Array, carry: PyTree, begin: Array, keys: Array) -> tuple[PyTree, PyTree]:
     """(z, carry) at the start of `ensemble`."""
     if carry is None:
         carry = jax.vmap(lambda q, key: model.init_carry(q, key, begin))(u, keys)

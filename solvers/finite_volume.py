@@ -6,6 +6,7 @@ Velocity component a lives at the right face of axis a, a scalar at the cell cen
 flux point `at_c + ½ e_a` folded into (0, 1]: the cell centre if a = c, a face for a scalar, otherwise the edge between two faces.
 """
 
+import functools
 import math
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ from hybridsim.solvers.incompressible import (
 )
 from hybridsim.solvers.poisson import Poisson
 from hybridsim.solvers.reconstruction import van_leer
-from hybridsim.solvers.staggering import part
+from hybridsim.solvers.staggering import cut, part
 from hybridsim.solvers.walls import HALO, boundary_velocity, check_walls, fixed_velocities, padded, side_name, value_on_side
 
 Convection = Literal["van_leer", "central"]
@@ -306,7 +307,18 @@ class StaggeredFiniteVolume(AbstractSolver):
         cancel exactly. On `fixed` sides the value carried is the side's own.
         """
         d = self.grid.ndim
-        around = padded(u, self.equation, self.grid, self._places, self._normal(u.dtype), t)
+        around = tuple(padded(u, self.equation, self.grid, self._places, self._normal(u.dtype), t))
+
+        @functools.cache
+        def strip(component: int, axis: int, aside: int, across: int) -> Array:
+            """A channel without the layers beside `axis`, `aside` cells along `across`."""
+            q = around[component]
+            for other, n in enumerate(self.grid.shape):
+                if other != axis:
+                    first = HALO + (aside if other == across else 0)
+                    q = cut(q, first, first + n, other)
+            return q
+
         diffusivities = [*[self.equation.viscosity] * d, *self.equation.scalars.values()]
         out = []
         for c, diffusivity in enumerate(diffusivities):
@@ -316,13 +328,9 @@ class StaggeredFiniteVolume(AbstractSolver):
 
                 def window(offset: int, component: int = c, axis: int = a, aside: int = 0, across: int = c) -> Array:
                     """Values `offset` cells along `axis` from the right neighbour of fluxes 0 … n, `aside` cells along `across`."""
-                    start = [HALO] * d
-                    size = list(self.grid.shape)
-                    start[axis] += offset
-                    size[axis] += 1
-                    if aside:
-                        start[across] += aside
-                    return jax.lax.slice(around[component], start, [i + m for i, m in zip(start, size, strict=True)])
+                    first = HALO + offset
+                    q = strip(component, axis, aside, across if aside else axis)
+                    return cut(q, first, first + self.grid.shape[axis] + 1, axis)
 
                 left, right = window(-1), window(0)
                 jump = right - left
@@ -341,7 +349,7 @@ class StaggeredFiniteVolume(AbstractSolver):
                 flux = carrier * value - (diffusivity / h) * jump
                 # Each flux serves two cells; without the barrier XLA on CPU computes it twice.
                 flux = jax.lax.optimization_barrier(flux)
-                term = (part(flux, 1, n + 1, a) - part(flux, 0, n, a)) / h
+                term = (cut(flux, 1, n + 1, a) - cut(flux, 0, n, a)) / h
                 total = term if total is None else total + term
             out.append(total)
         return jnp.stack(out)

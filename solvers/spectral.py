@@ -16,6 +16,7 @@ from jaxtyping import Array, Complex, Float, PyTree
 from hybridsim.contract import AbstractSolver, Flux, PostStep, Real, Replacement, Source, Tendency, Variable
 from hybridsim.grid import Grid, resample
 from hybridsim.solvers.incompressible import AbstractBandForce, AbstractStandingForce, NavierStokes
+from hybridsim.solvers.staggering import cut
 
 Dealiasing = Literal["hou_li", "two_thirds", "none"]
 
@@ -66,15 +67,18 @@ def packed_inverse(a: Complex[Array, "nx half"], b: Complex[Array, "nx half"], n
     """
     above = jax.lax.complex(a.real - b.imag, a.imag + b.real)
     below = jax.lax.complex(a.real + b.imag, b.real - a.imag)
-    first = 0.5 * (above[:, :1] + _mirrored(below[:, :1]))
-    return jnp.fft.ifft2(jnp.concatenate([first, above[:, 1:], jnp.flip(_mirrored(below[:, 1 : ny - a.shape[1] + 1]), 1)], 1))
+    half = a.shape[1]
+    first = 0.5 * (cut(above, 0, 1, 1) + _mirrored(cut(below, 0, 1, 1)))
+    beyond = jnp.flip(_mirrored(cut(below, 1, ny - half + 1, 1)), 1)
+    return jnp.fft.ifft2(jnp.concatenate([first, cut(above, 1, half, 1), beyond], 1))
 
 
 def packed_transform(c: Complex[Array, "nx ny"]) -> tuple[Complex[Array, "nx half"], Complex[Array, "nx half"]]:
     """The `rfft2` of Re c and of Im c, from one complex transform: ½ (ĉ(k) + ĉ*(−k)) and ½ (ĉ(k) − ĉ*(−k))/i."""
     hat, half = jnp.fft.fft2(c), c.shape[1] // 2 + 1
-    here = hat[:, :half]
-    there = _mirrored(jnp.concatenate([hat[:, :1], jnp.flip(hat[:, c.shape[1] - half + 1 :], 1)], 1))
+    n = c.shape[1]
+    here = cut(hat, 0, half, 1)
+    there = _mirrored(jnp.concatenate([cut(hat, 0, 1, 1), jnp.flip(cut(hat, n - half + 1, n, 1), 1)], 1))
     real = jax.lax.complex(0.5 * (here.real + there.real), 0.5 * (here.imag - there.imag))
     imaginary = jax.lax.complex(0.5 * (here.imag + there.imag), 0.5 * (there.real - here.real))
     return real, imaginary

@@ -12,6 +12,16 @@ def part(q: Array, start: int, stop: int, axis: int) -> Array:
     return jax.lax.slice_in_dim(q, start, stop, axis=axis)
 
 
+def cut(q: Array, start: int, stop: int, axis: int) -> Array:
+    """q[start:stop] along `axis`, for arrays that many shifted copies are taken of.
+
+    It is a piece of a split, whose transpose is a concatenation. XLA on CPU stores one, and so adds up many at once, where it would
+    compute what a slice hands back again for each cell that it reaches, with a branch for each slice.
+    """
+    lengths = [start, stop - start, q.shape[axis] - stop]
+    return jax.lax.split(q, [n for n in lengths if n], axis)[1 if start else 0]
+
+
 def faces_around(grid: Grid, array: Float[Array, "*grid"], axis: int) -> tuple[Array, Array]:
     """(f_{i−1}, f_i): the faces below and above each cell. Those on a side of the box count as their inner neighbours: the lower
     one is not stored, and both sides are to be treated alike."""

@@ -118,7 +118,7 @@ def test_the_table_and_the_file(tmp_path, monkeypatch, family):
     path, console = tmp_path / "peers.json", Console(width=170, record=True)
     peers.run_peers((family,), True, 3, "float32", str(path), console)
     text, found = console.export_text(), json.loads(path.read_text())
-    assert set(found) == {"date", "versions", "rows", "equal_accuracy"}
+    assert set(found) == {"date", "versions", "compiler_options", "rows", "equal_accuracy"}
     (row,) = found["rows"]
     expected = "family case size dtype scheme ours_ns peer peer_ns ratio memory_mb peer_memory_mb compile_s peer_compile_s error"
     assert list(row) == expected.split()
