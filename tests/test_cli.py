@@ -399,7 +399,9 @@ def test_check_only_reports_what_sources_do_to_the_sums(folder: Path, arguments:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["smagorinsky"], ["leith", "c=0.3"], ["learned_flux", "width=4"]])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(["smagorinsky"], marks=pytest.mark.slow), ["leith", "c=0.3"], ["learned_flux", "width=4"]]
+)
 def test_check_passes_every_closure_of_the_catalogue(folder: Path, arguments: list[str]):
     assert invoke("check", *arguments).exit_code == 0
 

@@ -262,7 +262,7 @@ CALM = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "closure", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name == "leith")) for name, c in CALM.items()]
+    "closure", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in ("leith", "smagorinsky"))) for name, c in CALM.items()]
 )
 @pytest.mark.parametrize("kind", BOTH)
 def test_gradients_are_finite_at_rest_and_in_uniform_flow(kind, closure):

@@ -166,6 +166,8 @@ def test_what_was_found_is_saved_when_it_is_stopped(tmp_path, monkeypatch):
 def test_without_exponax_the_others_go_on(monkeypatch):
     """The contest with jax-cfd does not need it, and the refusal says what to do."""
     monkeypatch.setitem(sys.modules, "exponax", None)
+    # The converged answer takes long, and who enters does not depend on it.
+    monkeypatch.setattr(peers, "solved", lambda solver, u, end, steps: u)
     first, second = peers.spectral_contests(True, jnp.float32)
     assert {entry.code.name for entry in first.entries()} == {"hybridsim", "jax-cfd"}
     with pytest.raises(ValueError, match="pip install exponax"):
