@@ -489,8 +489,7 @@ def blocks_within(length: int, state: int, residuals: int, budget: Budget) -> tu
     """The nested blocks that cost the fewest evaluations within a budget, else those that need the least.
 
     Of `length` steps everything is kept (`residuals` bytes a step), or a state (`state` bytes) for each block of b steps and
-    everything of one block, ⌈length/b⌉ state + b residuals; or for blocks of blocks. Each depth evaluates steps once more, all but
-    those of the last block; so blocks are as long as fits, and the last not much shorter than the others.
+    everything of one block, ⌈length/b⌉ state + b residuals; or for blocks of blocks. Each depth evaluates every step once more.
     """
 
     @functools.cache

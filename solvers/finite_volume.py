@@ -373,7 +373,7 @@ class StaggeredFiniteVolume(AbstractSolver):
     def explicit(self, z, t, tendency):
         u, d = z["u"], self.grid.ndim
         time = jnp.asarray(t, u.dtype)
-        # Evaluated again in the backward pass: to keep slopes and fluxes takes six times the memory, and no less time.
+        # Evaluated again in the backward pass: to keep slopes and fluxes takes seven times the memory, and more time.
         rate = -eqx.filter_checkpoint(StaggeredFiniteVolume._flux_divergence_of)(self, u, time)
         injected = jnp.zeros_like(z["injected"])
         if self.equation.forcing is not None:
