@@ -132,6 +132,8 @@ class Smagorinsky(Flux):
     variance. Too dissipative in laminar regions.
     """
 
+    constants = ("cs",)
+
     cs: float | Float[Array, ""] = eqx.field(default=0.17, converter=_scalar)
     schmidt: float | Float[Array, ""] = eqx.field(default=0.7, converter=_scalar)
     prandtl: float | Float[Array, ""] = eqx.field(default=0.7, converter=_scalar)
@@ -180,6 +182,8 @@ class Leith(Flux):
     `Smagorinsky`.
     """
 
+    constants = ("c",)
+
     c: float | Float[Array, ""] = eqx.field(default=0.2, converter=_scalar)
     schmidt: float | Float[Array, ""] = eqx.field(default=0.7, converter=_scalar)
 
@@ -219,6 +223,8 @@ class Hyperviscosity(Flux):
     c is. Held or in explicit stages it is stable up to c d^p Δt U/Δ of about 2. Periodic grids only for p ≥ 2, as walls would need
     more boundary conditions than the flow has.
     """
+
+    constants = ("c",)
 
     c: float | Float[Array, ""] = eqx.field(default=0.5, converter=_scalar)
     order: int = eqx.field(static=True, default=2)

@@ -41,13 +41,15 @@ class Variable(eqx.Module):
 class View(eqx.Module):
     """(u, t, Δt): all that a closure may see of a running solver, an explicit copy and never a workspace.
 
-    Differences and averages are the solver's own, so that one closure file serves spectral and finite-volume solvers alike.
+    Differences and averages are the solver's own, so that one closure file serves spectral and finite-volume solvers alike. What a
+    closure gives acts for `held` solver steps of Δt.
     """
 
     u: Float[Array, "c *grid"]
     t: Real
     dt: Real
     solver: "AbstractSolver"
+    held: int = eqx.field(static=True, default=1)
 
     @property
     def grid(self) -> Grid:
@@ -109,6 +111,8 @@ class AbstractClosure(eqx.Module):
     """
 
     stochastic: ClassVar[bool] = False
+    constants: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that hold one number each and that training turns into parameters, like the constant of Smagorinsky."""
 
     def init_memory(self, view: View) -> PyTree | None:
         """What the closure remembers between evaluations, at the start of a run (None: nothing)."""

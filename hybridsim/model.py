@@ -278,7 +278,7 @@ class Model(eqx.Module):
             if groups:
                 view = View(solver.decode(z), now, dt, solver)
                 for n, which in groups.items():
-                    held[n], slots = self._contribution(which, view, slots)
+                    held[n], slots = self._contribution(which, View(view.u, now, dt, solver, n), slots)
             constant = _sum([part for part in held.values() if part is not None])
 
             def tendency(q, time, constant=constant, slots=slots):
