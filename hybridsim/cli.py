@@ -150,7 +150,7 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
 
             raise ConfigError(f"train: {loaded.name} has no section 'train', so there is nothing to train; add one")
         folder = _folder(loaded, out)
-        from hybridsim.train import train_experiment
+        from hybridsim.training import train_experiment
 
         return train_experiment(loaded, folder, resume, _console())
 

@@ -6,6 +6,7 @@ is compiled before all is known to fit. No code stands in strings; a `use: file.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib
@@ -507,6 +508,24 @@ class Experiment:
         self.resolved = self._resolve()
         text = json.dumps({"config": self.resolved, "files": self.files}, sort_keys=True, separators=(",", ":"))
         self.config_hash = hashlib.sha256(text.encode()).hexdigest()
+        self.variants = [] if spec.train is None else self._variants(spec.train, shipped)
+
+    def _variants(self, train: Train, shipped: bool) -> "list[Experiment]":
+        """The experiment once for each of `train.variants`, reduced to the run that is trained."""
+        found = []
+        for i, changes in enumerate(train.variants):
+            where = key_path(("train", "variants", i))
+            data = copy.deepcopy(self.resolved)
+            data["runs"] = {train.run: data["runs"][train.run]}
+            data["checks"], data["train"]["variants"] = {}, []
+            data["name"] = self.name
+            try:
+                for key, value in changes.items():
+                    set_key(data, _split(key), value)
+                found.append(experiment_from(data, self.path, shipped, for_training=True))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        return found
 
     # -- labels and numbers -------------------------------------------------------------------------------------------------------
 
@@ -800,16 +819,19 @@ class Experiment:
         seed: int | None = None,
         weights: bool = True,
         random: bool = True,
+        constants: bool = False,
     ) -> "tuple[AbstractClosure, ...]":
         """The closures of a run, in its precision, trained where `weights:` says so.
 
         `seed` replaces their own seeds, `weights=False` leaves them untrained; `random=False` puts zeros where the constructor
-        would draw random numbers, for those who need their structure only.
+        would draw random numbers, for those who need their structure only. `constants` makes arrays of the constants of classical
+        closures, which are trained then.
         """
         import equinox as eqx
         import jax
 
-        from hybridsim.storage import StorageError, load_weights
+        from hybridsim.contract import with_constants
+        from hybridsim.storage import StorageError, load_weights, read_header
 
         solver = self.solver(label) if solver is None else solver
         spec, closures = self.spec_of(label), []
@@ -824,11 +846,15 @@ class Experiment:
 
             if weights and correction.weights is not None:
                 try:
-                    closures.append(load_weights(self.weights_file(correction, at), blank(build)))
+                    file = self.weights_file(correction, at)
+                    tuned = bool(read_header(file).get("constants"))
+                    made = blank(build)
+                    closures.append(load_weights(file, with_constants(made, spec.precision) if tuned else made))
                 except StorageError as error:
                     raise ConfigError(f"{key_path((*at, 'weights'))}: {first_line(error)}") from error
             else:
-                closures.append(build() if random else blank(build))
+                made = build() if random else blank(build)
+                closures.append(with_constants(made, spec.precision) if constants else made)
         return tuple(closures)
 
     def weights_header(self, label: str, index: int = 0) -> dict[str, Any]:
@@ -1060,7 +1086,11 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not sign:
         raise ConfigError(f"{override[:80]}: an override is key=value, for example runs.bare.shape=[32,32]")
     path = _split(text.strip())
-    value = parse_yaml(value_text, text.strip(), path)
+    set_key(data, path, parse_yaml(value_text, text.strip(), path))
+
+
+def set_key(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """Puts `value` at a key path of the plain values of a YAML."""
     here: Any = data
     for i, part in enumerate(path[:-1]):
         at = path[: i + 1]

@@ -9,6 +9,7 @@ Conventions: `axis` is a direction, `c` a channel. Arrays are ordered `(axis, c,
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -159,6 +160,24 @@ def place_of(closure: AbstractClosure) -> type[AbstractClosure]:
         names = ", ".join(p.__name__ for p in PLACES)
         raise TypeError(f"{type(closure).__name__} must derive from exactly one place ({names}), found {len(found)}")
     return found[0]
+
+
+def with_constants(closure: AbstractClosure, dtype: Any) -> AbstractClosure:
+    """The same closure with its `constants`, and those of closures inside it, as arrays, so that they are trained."""
+
+    def closures_in(node: Any) -> list[tuple[Callable[[Any], Any], AbstractClosure]]:
+        found = [(lambda tree: tree, node)]
+        for field in dataclasses.fields(node):
+            inner = getattr(node, field.name)
+            if isinstance(inner, AbstractClosure):
+                found += [(lambda tree, g=g, n=field.name: g(getattr(tree, n)), c) for g, c in closures_in(inner)]
+        return found
+
+    for where, inner in closures_in(closure):
+        for name in inner.constants:
+            value = jnp.asarray(getattr(inner, name), dtype)
+            closure = eqx.tree_at(lambda c, w=where, n=name: getattr(w(c), n), closure, value)
+    return closure
 
 
 Tendency = Callable[[PyTree, Real], PyTree | None]

@@ -183,6 +183,7 @@ def make_frames(
     pictures: int = 0,
     store_as: Any = None,
     starts: Mapping[str, Any] | None = None,
+    keep: bool = True,
     progress: Progress = _quiet,
 ) -> Frames:
     """A fine run from warm starts, filtered to every solver in `targets`, from the cache if its recipe is known.
@@ -199,11 +200,12 @@ def make_frames(
     - `starts`: what decides the states after the warm-up; kept under a key of their own, so that another window or other coarse
       grids need no new warm-up.
     - `pictures`: how many fine states of sample 0 are kept. `store_as`: dtype of the kept frames (default: that of the run).
+    - `keep`: whether the cache is asked and keeps what is made.
     """
     import time
 
     key = storage.recipe_hash(dict(recipe), dtype)
-    found = storage.load_cached(key)
+    found = storage.load_cached(key) if keep else None
     times = interval * np.arange(frames + 1)
     picture_frames = np.unique(np.linspace(0, frames, pictures).round().astype(int)) if pictures else np.zeros(0, int)
     if found is not None:
@@ -247,7 +249,8 @@ def make_frames(
         )  # fmt: skip
     picture_array = np.stack(shots) if shots else np.zeros((0,), np.float32)
     tensors = {f"group/{name}": a for name, a in out.items()} | {"pictures": picture_array}
-    storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
+    if keep:
+        storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
     return Frames(times, out, picture_array, times[picture_frames], dt, seconds)
 
 

@@ -211,6 +211,28 @@ class TrainingData(Section):
     seed: Whole = Field(default=100, description="seeds their starts")
     shape: Shape | None = Field(default=None, description="cells of the fine run that makes them (default: the reference's)")
     precision: Precision = Field(default="float32", description="of that fine run")
+    store: Literal["memory", "zarr"] = Field(default="memory", description="zarr: kept on disk and read piece by piece")
+    together: Count | None = Field(
+        default=None, description="zarr: trajectories that are made at once, and so have to fit in memory (default: all)"
+    )
+
+
+class Losses(Section):
+    """What training minimises: a weight for each term; those that are not named are not computed."""
+
+    says: ClassVar[str] = "train.loss"
+    state: NotNegative = Field(default=0.0, description="relative squared error of the fields, weighted by |k|^2p, p = train.power")
+    spectrum: NotNegative = Field(default=0.0, description="mean squared ln E/E_ref over the shells")
+    dissipation: NotNegative = Field(default=0.0, description="squared ln of the ratio of ⟨|∇v|²⟩")
+    transfer: NotNegative = Field(default=0.0, description="relative squared error of the energy flux through scales")
+    residual: NotNegative = Field(default=0.0, description="relative squared distance from a frame of the solver without closures")
+
+
+class Mesh(Section):
+    """How a batch is shared out to devices."""
+
+    says: ClassVar[str] = "train.mesh"
+    batch: Count = Field(description="devices that share the windows of a batch; divides train.batch")
 
 
 class Train(Section):
@@ -219,22 +241,46 @@ class Train(Section):
     says: ClassVar[str] = "train"
     run: Text = Field(description="label of the run whose closures are trained")
     data: TrainingData = Field(default_factory=TrainingData, description="what it learns from")
+    variants: list[dict[Text, Any]] = Field(
+        default_factory=list,
+        description="further references to learn from at once: each a mapping from key paths of this file to other values",
+    )
+    constants: Flag | None = Field(
+        default=None, description="train the constants of classical closures (default: where the run has nothing else to train)"
+    )
     unroll: Annotated[list[Count], Field(min_length=1)] = Field(
         default=[1, 2, 4, 8, 16, 32], description="frames (data.interval apart) unrolled, per phase"
     )
     updates: Annotated[list[Count], Field(min_length=1)] = Field(default=[200] * 6, description="optimiser updates, per phase")
-    batch: Count = Field(default=8, description="trajectory pieces per update")
-    rate: Positive = Field(default=2e-3, description="learning rate")
-    clip: Positive = Field(default=1.0, description="largest norm of the gradient")
+    batch: Count = Field(default=8, description="trajectory pieces per update, shared out to the variants")
+    loss: Losses = Field(default_factory=lambda: Losses(state=1.0), description="what is minimised")
     power: NotNegative = Field(
         default=0.5, description="p of the loss weight |k|^2p on the velocity error: 0 velocity, 1 vorticity"
     )
+    warm_up: Whole = Field(default=0, description="frames that the model runs before the loss begins, without gradient")
+    truncate: Whole = Field(default=0, description="frames after which gradients stop (0: never)")
+    noise: NotNegative = Field(default=0.0, description="added to the starts of windows, in units of each channel's fluctuations")
+    rate: Positive = Field(default=2e-3, description="peak learning rate")
+    rate_warm_up: Whole = Field(default=50, description="updates until it is reached; at most a tenth of all")
+    schedule: Literal["cosine", "linear", "exponential", "constant"] = Field(default="cosine", description="how it falls then")
+    final_rate: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.02, description="what of it is left at the last update")
+    weight_decay: NotNegative = Field(default=0.0, description="of AdamW; 0 is Adam")
+    clip: Positive = Field(default=1.0, description="largest norm of the gradient")
+    average: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="γ of the moving average of the weights that is validated and kept (0: none)"
+    )
     seeds: Annotated[list[Whole], Field(min_length=1)] = Field(default=[0], description="one training per seed")
     validate_every: Count = Field(default=200, description="updates between validations")
-    checkpoint_levels: Annotated[int, Strict(), Field(ge=0, le=8)] = Field(
-        default=0, description="nested checkpointing of the unrolled steps"
+    choose: Literal["t95", "correlation", "error"] = Field(default="t95", description="what decides which weights are kept")
+    stop_after: Whole = Field(default=0, description="validations in a row without a better one that end the training (0: never)")
+    memory: Positive = Field(default=512.0, description="MiB that the values which a gradient keeps of the unrolled steps may take")
+    checkpoint_levels: Annotated[int, Strict(), Field(ge=0, le=8)] | None = Field(
+        default=None, description="nested checkpointing of the unrolled steps (default: as `memory` allows)"
     )
+    mesh: Mesh | None = Field(default=None, description="devices to share the batch (default: as many as divide it)")
     patience: Count = Field(default=20, description="updates in a row that may be skipped because they were not finite")
+    rollbacks: Whole = Field(default=3, description="times that training then goes back to the last validated weights")
+    log: list[Literal["jsonl", "tensorboard"]] = Field(default=["jsonl"], description="where every update is recorded")
 
 
 class Spec(Section):

@@ -1,47 +1,63 @@
-"""θ ← Adam(θ, ∂_θ ⟨‖Φ_θⁿ(ū₀) − ū(tₙ)‖²_W⟩): closures trained with the solver in the loop, through unrolled trajectories."""
+"""θ ← Adam(θ, ∂_θ L(Φ_θⁿ(ū₀), ū(tₙ))): closures trained with the solver in the loop, through unrolled trajectories."""
 
+import functools
 import math
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from hybridsim import diagnostics, gas, storage
-from hybridsim.grid import Grid
-from hybridsim.model import Model, frames_of
-from hybridsim.progress import Reporter
-from hybridsim.reference import COURANT, FineRunError, make_frames, sample_keys
-from hybridsim.signals import STOP
-from hybridsim.storage import Checkpoints
-from hybridsim.yaml_reader import ConfigError
+from hybridsim import diagnostics, gas, losses
+from hybridsim.contract import AbstractClosure
+from hybridsim.model import Budget, Model, advance, frames_of
+from hybridsim.storage import Checkpoints, StorageError
+from hybridsim.windows import InMemory, Prefetch, Windows, batch, digest_of
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from hybridsim.config import Experiment
-    from hybridsim.sections import Train
+Schedule = Literal["cosine", "linear", "exponential", "constant"]
+Choice = Literal["t95", "correlation", "error"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a closure is trained.
 
+    **What an update sees**
+
     - `unroll`: frames unrolled in each phase, growing; `updates`: optimiser steps per phase.
-    - `batch`: windows per update; `rate`: peak learning rate, warmed up over 50 updates, then cosine to 2 % of it.
-    - `clip`: global norm of the gradient; `power`: p of the loss weight |k|^{2p} on the velocity error (0 velocity, 1 vorticity;
-      between walls always 0).
-    - `validate_every`: updates between validations; the weights with the best validation t95 are kept.
-    - `checkpoint_levels`: nested checkpointing of the unrolled scan, as in `rollout`.
-    - `patience`: how many updates in a row may be skipped because they were not finite before training stops.
+    - `batch`: windows per update, shared out to the tasks.
+    - `loss`: (name, weight) of each term; see `hybridsim.losses`. `power`: p of the weight |k|^{2p} of the term `state` (0
+      velocity, 1 vorticity; between walls always 0).
+    - `warm_up`: frames that the model runs by itself before the loss begins, without gradient.
+    - `truncate`: gradients stop after so many frames, 0 never (truncated back-propagation); the unrolls beyond are multiples of it.
+    - `noise`: standard deviation of what is added to the start of every window, in units of each channel's fluctuations.
+
+    **The optimiser**
+
+    - `rate`: peak learning rate, reached after `rate_warm_up` updates (at most a tenth of all); `schedule`: how it falls to
+      `final_rate` times that at the last update.
+    - `weight_decay`: of AdamW, 0 is Adam. `clip`: largest global norm of the gradient.
+    - `average`: γ of the moving average θ̄ ← γθ̄ + (1 − γ)θ that is validated and kept instead of θ; 0 none.
+
+    **Validation**
+
+    - `validate_every`: updates between validations. `choose`: the weights with the best validation `t95`, mean `correlation` or, of
+      a gas, mean `error` are kept. `stop_after`: validations in a row without a better one that end the training, 0 never.
+
+    **The machine**
+
+    - `memory`: MiB that the values which a gradient keeps of the unrolled steps may take; what does not fit is evaluated again.
+      `checkpoint_levels`, if given, takes its place, as in `rollout`.
+    - `devices`: how many devices share a batch; 0: the most that divide it. The sums are those of one device but for rounding.
+    - `patience`: updates in a row that may be skipped because they were not finite; then training goes back to the last validated
+      weights with half the learning rate, at most `rollbacks` times.
     """
 
     unroll: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -51,12 +67,41 @@ class Recipe:
     clip: float = 1.0
     power: float = 0.5
     validate_every: int = 200
-    checkpoint_levels: int = 0
+    loss: tuple[tuple[str, float], ...] = (("state", 1.0),)
+    warm_up: int = 0
+    truncate: int = 0
+    noise: float = 0.0
+    schedule: Schedule = "cosine"
+    rate_warm_up: int = 50
+    final_rate: float = 0.02
+    weight_decay: float = 0.0
+    average: float = 0.0
+    choose: Choice = "t95"
+    stop_after: int = 0
+    memory: float = 512.0
+    checkpoint_levels: int | None = None
+    devices: int = 0
     patience: int = 20
+    rollbacks: int = 3
+
+    def __post_init__(self):
+        if len(self.unroll) != len(self.updates):
+            raise ValueError(f"updates: {len(self.updates)} phases for {len(self.unroll)} of unroll; give one entry each")
+        if uneven := [n for n in self.unroll if self.truncate and n > self.truncate and n % self.truncate]:
+            raise ValueError(f"truncate: unrolls beyond {self.truncate} frames must be multiples of it, found {uneven[0]}")
+        if unknown := [name for name, _ in self.loss if name not in losses.TERMS]:
+            raise ValueError(f"loss: there is no term {unknown[0]!r}; possible are {', '.join(losses.TERMS)}")
+        if not any(weight > 0 for _, weight in self.loss):
+            raise ValueError("loss: every weight is zero, so there is nothing to learn")
 
     @property
     def total(self) -> int:
         return sum(self.updates)
+
+    @property
+    def longest(self) -> int:
+        """Frames that the longest window spans."""
+        return self.warm_up + max(self.unroll)
 
     def phase(self, update: int) -> int:
         """The unroll length of an update."""
@@ -67,107 +112,256 @@ class Recipe:
                 return length
         return self.unroll[-1]
 
+    def rate_of(self, update: Any) -> Any:
+        """The learning rate of an update, before any rollback."""
+        return learning_rate(self)(update)
+
+
+class Task:
+    """One reference that a closure learns from: a coarse model, and filtered fine trajectories of the same flow.
+
+    **Arguments:**
+
+    - `model`: the run that hosts the closures; fixed Δt.
+    - `data`: `(trajectory, frame, c, *grid)` in memory, or `Windows` that read them; `validation`: other trajectories.
+    - `interval`: time between frames; `every`: model steps per frame.
+    - `modes`: |k_i| ≤ `modes` are compared when validating.
+    - `name`: what the records call it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Windows | Float[np.ndarray, "trajectory frame c *grid"],
+        validation: Float[np.ndarray, "other span c *grid"],
+        *,
+        interval: float,
+        every: int,
+        modes: int,
+        name: str = "",
+    ):
+        if model.courant is not None:
+            raise ValueError("model: a model that is trained needs a fixed time step; leave courant out")
+        if not math.isclose(every * model.step_time, interval, rel_tol=1e-9):
+            raise ValueError(f"every: {every} model steps of {model.step_time:g} are not the {interval:g} between frames")
+        self.model, self.validation = model, validation
+        self.windows: Windows = InMemory(data) if isinstance(data, np.ndarray) else data
+        self.interval, self.every, self.modes, self.name = interval, every, modes, name
+
 
 class Progress(eqx.Module):
-    """Everything that training needs to go on bit for bit."""
+    """Everything that training needs to go on bit for bit.
+
+    `good` is (weights, optimiser, average) at the last validation, to go back to; `scale` multiplies the learning rate; `stale`
+    counts validations without a better one.
+    """
 
     weights: PyTree
     optimiser: PyTree
+    average: PyTree
+    good: tuple[PyTree, PyTree, PyTree]
     best: PyTree
     best_score: Float[Array, ""]
     update: Int[Array, ""]
     skipped: Int[Array, ""]
+    rollbacks: Int[Array, ""]
+    stale: Int[Array, ""]
+    scale: Float[Array, ""]
 
 
 @dataclass
 class Outcome:
-    """What one training run gave: the model with its best weights, the history, and why it ended."""
+    """What one training run gave: the model of the first task with its best weights, the history, and why it ended.
+
+    `compile_seconds`: by unroll length, what its first update took beyond the others; `skipped`: updates that were not finite.
+    """
 
     model: Model
     history: list[dict[str, Any]]
     best_score: float
     best_update: int
     seconds: float
-    compile_seconds: float
+    compile_seconds: dict[int, float]
     skipped: int
+    rollbacks: int
+    stopped_early: bool
 
     @property
     def best_validation(self) -> dict[str, Any]:
         """The validation scores of the weights that were kept."""
-        return next(r["validation"] for r in self.history if r["update"] == self.best_update)
+        return next(r["validation"] for r in self.history if r["update"] == self.best_update and "validation" in r)
 
 
 class TrainingDiverged(Exception):
-    """Too many updates in a row were not finite."""
+    """Too many updates in a row were not finite, and going back did not help."""
 
 
-def spectral_weight(grid: Grid, power: float) -> Float[np.ndarray, "*k"]:
-    """w(k) = |k|^{2p}, zero at k = 0 and doubled where `rfftn` keeps one of a conjugate pair; k in units of 2π/max L."""
-    k2 = np.zeros(())
-    for k in grid.wavenumbers():
-        k2 = k2 + (k * max(grid.lengths) / (2 * np.pi)) ** 2
-    weight = np.where(k2 > 0, np.maximum(k2, 1e-300) ** power, 0.0)
-    n = grid.shape[-1]
-    last = np.arange(n // 2 + 1)
-    return weight * np.where((last == 0) | (2 * last == n), 1.0, 2.0)
+# --- the gradient ----------------------------------------------------------------------------------------------------------------
 
 
-def relative_error(
-    u: Float[Array, "frame c *grid"], truth: Float[Array, "frame c *grid"], weight: Float[Array, "*k"] | None
-) -> Float[Array, " frame"]:
-    """e = Σ_k w(k) |û − û_ref|² / Σ_k w(k) |û_ref|², one number per frame; 2 (1 − ρ) for fields of equal norm.
+class How(eqx.Module):
+    """What decides a compiled gradient, beside the shapes: all of it static. As in `Recipe`, and `every` as in `Task`."""
 
-    Without a weight (between walls, where there are no Fourier modes) the sums run over cells.
-    """
-    axes = tuple(range(2, u.ndim))
+    loss: tuple[tuple[str, float], ...] = eqx.field(static=True, default=(("state", 1.0),))
+    power: float = eqx.field(static=True, default=0.5)
+    every: int = eqx.field(static=True, default=1)
+    warm_up: int = eqx.field(static=True, default=0)
+    truncate: int = eqx.field(static=True, default=0)
+    noise: float = eqx.field(static=True, default=0.0)
+    levels: int | Budget = eqx.field(static=True, default=0)
+    devices: int = eqx.field(static=True, default=1)
 
-    def norm(q: Array) -> Array:
-        if weight is None:
-            return jnp.sum(q * q, axis=tuple(range(1, u.ndim)))
-        hat = jnp.fft.rfftn(q, axes=axes)
-        return jnp.sum(weight[None, None] * (hat.real**2 + hat.imag**2), axis=tuple(range(1, u.ndim)))
 
-    return norm(u - truth) / norm(truth)
+def _stopped(tree: PyTree) -> PyTree:
+    """The same values, through which no gradient flows."""
+    return jax.tree.map(lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a, tree)
+
+
+def without_closures(model: Model) -> Model:
+    """The same model without closures."""
+    return Model(model.solver, model.stepper, model.dt, (), (), model.substeps, model.courant)
+
+
+def _bare_frames(model: Model, every: int) -> Callable[[Array], Array]:
+    """(u₁, u₂, …) -> (Φ₀(u₁), Φ₀(u₂), …): one frame of the solver alone from each."""
+
+    def frame(u: Array) -> Array:
+        bare = without_closures(model)
+        prepared = bare.prepare(u.dtype)
+        z, carry = prepared.solver.encode(u), bare.init_carry(u)
+        return frames_of(bare, prepared, z, carry, jnp.zeros((), jnp.int32), 1, every, 0)[1][0]
+
+    return lambda u: jax.lax.map(jax.checkpoint(frame, prevent_cse=False), u)
 
 
 def window_loss(
-    model: Model,
-    window: Float[Array, "frames c *grid"],
-    weight: Float[Array, "*k"] | None,
-    every: int,
-    levels: int,
-    key: Array,
-) -> Float[Array, ""]:
-    """Mean relative error over a window of frames, rolled out from its first one."""
-    start = window[0]
-    prepared = model.prepare(start.dtype)
+    model: Model, window: Float[Array, "frames c *grid"], key: Array, how: How
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """(Σ λ_i L_i, {i: L_i}) over a window of frames, rolled out from its first one."""
+    start, dtype = window[0], window.dtype
+    prepared = model.prepare(dtype)
+    if how.noise:
+        space = tuple(range(1, start.ndim))
+        spread = jnp.std(start, axis=space, keepdims=True)
+        start = start + how.noise * spread * jax.random.normal(jax.random.fold_in(key, 1), start.shape, dtype)
     carry = model.init_carry(start, key)
-    z = prepared.solver.encode(start)
-    frames = window.shape[0] - 1
-    _, u = frames_of(model, prepared, z, carry, jnp.zeros((), jnp.int32), frames, every, levels)
-    return relative_error(u, window[1:], weight).mean()
+    z, step = prepared.solver.encode(start), jnp.zeros((), jnp.int32)
+    if how.warm_up:
+        frozen, at_rest, z, carry = _stopped((model, prepared, z, carry))
+        z, carry, step = advance(frozen, at_rest, z, carry, step, how.warm_up * how.every)
+        start = prepared.solver.decode(z)
+    frames = window.shape[0] - 1 - how.warm_up
+    length = min(how.truncate or frames, frames)
+
+    def piece(state: tuple, _: None) -> tuple[tuple, Array]:
+        z, carry, step = _stopped(state)
+        return frames_of(model, prepared, z, carry, step, length, how.every, how.levels)
+
+    if length == frames:
+        _, u = frames_of(model, prepared, z, carry, step, frames, how.every, how.levels)
+    else:
+        _, u = jax.lax.scan(piece, (z, carry, step), None, frames // length)
+        u = u.reshape(frames, *u.shape[2:])
+    truth = window[1 + how.warm_up :]
+    context = losses.context_of(prepared.solver, how.power, dtype, _bare_frames(model, how.every))
+    terms = {name: losses.TERMS[name](context, u, truth, start) for name, weight in how.loss if weight}
+    weighted = [jnp.asarray(weight, dtype) * terms[name] for name, weight in how.loss if weight]
+    return functools.reduce(jnp.add, weighted), terms
 
 
+@eqx.filter_jit
+def gradient_of(
+    model: Model, weights: PyTree, windows: Float[Array, "window frames c *grid"], key: Array, how: How
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], PyTree]:
+    """(L, {i: L_i}, ∂L/∂θ), means over the windows; `model` is without the arrays θ = `weights` of its closures.
+
+    On CPU a device takes its windows one after another, which is faster there and keeps no more than one of them; elsewhere all at
+    once. Compiled once per unroll length and structure, whatever the seed is.
+    """
+
+    def one(weights: PyTree, model: Model, window: Array, key: Array) -> tuple[Array, dict[str, Array]]:
+        whole = eqx.tree_at(lambda m: m.closures, model, eqx.combine(weights, model.closures), is_leaf=lambda x: x is None)
+        return window_loss(whole, window, key, how)
+
+    arrays, fixed = eqx.partition(model, eqx.is_array)
+
+    def share(weights: PyTree, arrays: PyTree, windows: Array, numbers: Array, key: Array) -> PyTree:
+        whole = eqx.combine(arrays, fixed)
+
+        def with_gradient(window: Array, number: Array) -> PyTree:
+            return jax.value_and_grad(one, has_aux=True)(weights, whole, window, jax.random.fold_in(key, number))
+
+        if jax.default_backend() == "cpu":
+            zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(with_gradient, windows[0], numbers[0]))
+
+            def body(total: PyTree, given: tuple[Array, Array]) -> tuple[PyTree, None]:
+                return jax.tree.map(jnp.add, total, with_gradient(*given)), None
+
+            total, _ = jax.lax.scan(body, zero, (windows, numbers))
+        else:
+            total = jax.tree.map(lambda a: a.sum(axis=0), jax.vmap(with_gradient)(windows, numbers))
+        return jax.lax.psum(total, "batch") if how.devices > 1 else total
+
+    count = windows.shape[0]
+    numbers = jnp.arange(count)
+    if how.devices > 1:
+        mesh = Mesh(np.array(jax.local_devices()[: how.devices]), ("batch",))
+        alike, each = PartitionSpec(), PartitionSpec("batch")
+        given, out = (alike, alike, each, each, alike), alike
+        # What comes out is the same everywhere, by the sum at the end.
+        share = jax.shard_map(share, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)
+    total = share(weights, arrays, windows, numbers, key)
+    (loss, terms), gradient = jax.tree.map(lambda a: a / count, total)
+    return loss, terms, gradient
+
+
+# --- the optimiser ---------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(recipe: Recipe) -> optax.Schedule:
+    """Linear warm-up to the peak, then as `schedule` says to `final_rate` times it."""
+    warm = min(recipe.rate_warm_up, max(1, recipe.total // 10))
+    rest, peak, last = max(recipe.total - warm, 1), recipe.rate, recipe.final_rate * recipe.rate
+    falling = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, recipe.final_rate),
+        "linear": lambda: optax.linear_schedule(peak, last, rest),
+        "exponential": lambda: optax.exponential_decay(peak, rest, max(recipe.final_rate, 1e-6)),
+        "constant": lambda: optax.constant_schedule(peak),
+    }
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), falling[recipe.schedule]()], [warm])
+
+
+@functools.cache
 def make_optimiser(recipe: Recipe) -> optax.GradientTransformation:
-    """Adam (β₂ = 0.98) behind a clip of the global norm, warm-up and cosine decay."""
-    warm = min(50, max(1, recipe.total // 10))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.rate, warm, max(recipe.total, warm + 1), 0.02 * recipe.rate)
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adam(schedule, b2=0.98))
+    """Adam (β₂ = 0.98), or AdamW where weights decay, behind a clip of the global norm."""
+    rate = learning_rate(recipe)
+    adam = optax.adamw(rate, b2=0.98, weight_decay=recipe.weight_decay) if recipe.weight_decay else optax.adam(rate, b2=0.98)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), adam)
 
 
-def batches(data: np.ndarray, length: int, size: int, seed: int, update: int) -> np.ndarray:
-    """The windows of one update, drawn from (seed, update) alone so that a resumed run sees the same ones."""
-    rng = np.random.default_rng([seed, update])
-    trajectories = rng.integers(data.shape[0], size=size)
-    starts = rng.integers(data.shape[1] - length, size=size)
-    return np.stack([data[i, s : s + length + 1] for i, s in zip(trajectories, starts, strict=True)])
+@eqx.filter_jit
+def _applied(state: Progress, loss: Array, gradient: PyTree, positive: PyTree, recipe: Recipe) -> tuple[Progress, Float[Array, ""]]:
+    """(the state after one update, the norm of the gradient); an update that is not finite changes nothing but the counters."""
+    norm = optax.tree.norm(gradient)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    gradient = jax.tree.map(lambda g: jnp.where(good, g, 0), gradient)
+    steps, optimiser = make_optimiser(recipe).update(gradient, state.optimiser, state.weights)
+    steps = jax.tree.map(lambda s: s * state.scale.astype(s.dtype), steps)
+    moved = eqx.apply_updates(state.weights, steps)
+    moved = jax.tree.map(lambda w, p: jnp.maximum(w, 0) if p else w, moved, positive)
+    # The average forgets its beginning, when the weights were still far away, faster than what comes later.
+    seen = state.update.astype(jnp.float32)
+    decay = jnp.minimum(recipe.average, (1 + seen) / (10 + seen))
+    mixed = jax.tree.map(lambda a, w: (decay * a + (1 - decay) * w).astype(w.dtype), state.average, moved)
+    new = (moved, optimiser, mixed if recipe.average else moved)
+    old = (state.weights, state.optimiser, state.average)
+    weights, optimiser, average = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    skipped = jnp.where(good, 0, state.skipped + 1)
+    counted = (weights, optimiser, average, state.update + 1, skipped)
+    return eqx.tree_at(lambda s: (s.weights, s.optimiser, s.average, s.update, s.skipped), state, counted), norm
 
 
-def _over_samples(function: Callable, *args: Array) -> Array:
-    """Mean over the batch: one sample after another on CPU, where that is faster; all at once elsewhere."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda a: function(*a), args).mean()
-    return jax.vmap(function)(*args).mean()
+# --- validation ------------------------------------------------------------------------------------------------------------------
 
 
 @eqx.filter_jit
@@ -184,15 +378,18 @@ def _rollouts(model: Model, starts: Array, frames: int, every: int) -> Array:
 
 
 def correlation_scores(model: Model, data: np.ndarray, interval: float, every: int, modes: int) -> dict[str, Any]:
-    """t95, t80 and mean correlation of rollouts from the first frame of every validation trajectory."""
+    """t95, t80 and mean correlation of rollouts from the first frame of each validation trajectory; of a gas the mean error."""
     frames = data.shape[1] - 1
     u = np.asarray(_rollouts(model, jnp.asarray(data[:, 0]), frames, every))
     solver = model.solver
     of_gas = gas.gas_of(solver)
+    scores: dict[str, Any] = {}
     if of_gas is None:
         rho = diagnostics.correlation(u, data[:, 1:], solver.grid, solver.variables, modes, solver)
     else:
-        rho = gas.compare(u, data[:, 1:], solver.grid, of_gas.gamma, modes)[1]
+        errors, rho = gas.compare(u, data[:, 1:], solver.grid, of_gas.gamma, modes)
+        error = float(gas.error_of(errors).mean())
+        scores["mean_error"] = error if math.isfinite(error) else None
     mean = np.concatenate([[1.0], rho.mean(axis=0)])
     times = interval * np.arange(frames + 1)
     t95, t95_at_least = diagnostics.crossing_time(times, mean, 0.95)
@@ -203,71 +400,153 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
         "t80": t80,
         "t80_at_least": t80_at_least,
         "mean_correlation": float(mean.mean()),
+        **scores,
     }
 
 
+def score_of(scores: Mapping[str, Any], choose: Choice) -> float:
+    """One number of validation scores, the larger the better."""
+    if choose == "error":
+        if "mean_error" not in scores:
+            raise ValueError("choose: only a gas has an error; choose t95 or correlation")
+        return -math.inf if scores["mean_error"] is None else -scores["mean_error"]
+    if choose == "correlation":
+        return scores["mean_correlation"]
+    # Ties (no crossing within the window, say) are decided by the mean correlation.
+    reached = scores["t95_at_least"] if scores["t95"] is None else scores["t95"]
+    return reached + 1e-3 * scores["mean_correlation"]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------------------
+
+
+def _split(closures: Sequence[AbstractClosure]) -> tuple[PyTree, PyTree]:
+    return eqx.partition(tuple(closures), eqx.is_inexact_array)
+
+
+def constants_among(closures: Sequence[AbstractClosure]) -> PyTree:
+    """Which trained numbers are constants of a formula, and so never negative."""
+    weights, _ = _split(closures)
+    paths = jax.tree_util.tree_flatten_with_path(weights)[0]
+
+    def is_constant(path: tuple) -> bool:
+        owner: Any = tuple(closures)
+        for key in path[:-1]:
+            owner = owner[key.idx] if hasattr(key, "idx") else getattr(owner, key.name) if hasattr(key, "name") else owner[key.key]
+        return isinstance(owner, AbstractClosure) and getattr(path[-1], "name", None) in owner.constants
+
+    return jax.tree.unflatten(jax.tree.structure(weights), [is_constant(path) for path, _ in paths])
+
+
+def _shares(total: int, tasks: int) -> list[int]:
+    """How many windows of a batch each task gets: as even as possible, none nothing."""
+    return [max(1, total // tasks + (i < total % tasks)) for i in range(tasks)]
+
+
+def _devices(recipe: Recipe, size: int) -> int:
+    """How many devices share `size` windows."""
+    most = jax.local_device_count()
+    if not recipe.devices:
+        return max(n for n in range(1, min(most, size) + 1) if size % n == 0)
+    if recipe.devices > most or size % recipe.devices:
+        raise ValueError(
+            f"devices: {recipe.devices} cannot share {size} windows; the number must divide the batch, and there "
+            f"{'are' if most > 1 else 'is'} {most}"
+        )
+    return recipe.devices
+
+
+def _how(recipe: Recipe, task: Task, size: int) -> How:
+    devices = _devices(recipe, size)
+    at_once = 1 if jax.default_backend() == "cpu" else size // devices
+    levels = recipe.checkpoint_levels
+    budget: int | Budget = Budget(recipe.memory * 2**20 / at_once) if levels is None else levels
+    return How(recipe.loss, recipe.power, task.every, recipe.warm_up, recipe.truncate, recipe.noise, budget, devices)
+
+
+def _alike(tasks: Sequence[Task], dtype: Any) -> list[Model]:
+    """The models without their closures' weights; numbers of the physics as arrays where tasks share all but these, so that one
+    compiled program serves them all."""
+
+    def numbers_as_arrays(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda a: jnp.asarray(a, dtype) if isinstance(a, float) else a, tree)
+
+    models = []
+    for task in tasks:
+        _, fixed = _split(task.model.closures)
+        model = task.model if len(tasks) == 1 else eqx.tree_at(lambda m: m.solver, task.model, numbers_as_arrays(task.model.solver))
+        models.append(eqx.tree_at(lambda m: m.closures, model, fixed))
+    return models
+
+
 def train(
-    model: Model,
-    data: Float[np.ndarray, "trajectory frame c *grid"],
-    validation: Float[np.ndarray, "other span c *grid"],
-    interval: float,
-    every: int,
+    tasks: Task | Sequence[Task],
     recipe: Recipe,
     *,
-    seed: int,
-    modes: int,
+    seed: int = 0,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Outcome:
-    """Trains `model.closures` on windows of `data` (frames `interval` apart, `every` model steps each).
+    """Trains the closures of a model on windows of one or several references, all of which share the closures' weights.
 
-    `report` is called after every update with its record and may raise to stop: the state is saved first, and resumes exactly.
-    Updates with a non-finite loss or gradient are skipped and counted.
+    **Arguments:**
+
+    - `tasks`: what is learnt from; the first one's closures are where training starts.
+    - `recipe`: how.
+    - `seed`: of windows, noise and stochastic closures.
+    - `checkpoints`, `resume`: where the state is saved at every validation, and whether to go on from there, bit for bit.
+    - `report`: called after every update with its record; may raise to stop: the state is saved first.
+
+    Updates whose loss or gradient is not finite are skipped and counted; too many in a row lead back to the last validated
+    weights.
+
+    Raises `TrainingDiverged` when going back does not help, `ValueError` where a term, a choice or a number of devices does not
+    fit, `StorageError` where a checkpoint belongs to other data.
     """
-    optimiser = make_optimiser(recipe)
-    closures, fixed = eqx.partition(model.closures, eqx.is_inexact_array)
-    dtype = data.dtype
-    grid = model.solver.grid
-    weight = jnp.asarray(spectral_weight(grid, recipe.power), dtype) if all(grid.periodic) else None
+    tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    first = tasks[0]
+    weights, fixed = _split(first.model.closures)
+    if not jax.tree.leaves(weights):
+        raise ValueError("model: its closures have no arrays, so there is nothing to train")
+    dtype = first.windows.dtype
+    for task in tasks:
+        losses.check_terms({name: weight for name, weight in recipe.loss if weight}, task.model.solver)
+        if task.windows.shape[1] <= recipe.longest:
+            raise ValueError(f"unroll: windows of {recipe.longest} frames do not fit in trajectories of {task.windows.shape[1]}")
+    shares = _shares(recipe.batch, len(tasks))
+    hows = [_how(recipe, task, size) for task, size in zip(tasks, shares, strict=True)]
+    models, positive = _alike(tasks, dtype), constants_among(first.model.closures)
+    root = jax.random.key(seed)
 
-    def with_closures(weights: PyTree) -> Model:
-        return eqx.tree_at(lambda m: m.closures, model, eqx.combine(weights, fixed))
+    def with_closures(task: Task, weights: PyTree) -> Model:
+        return eqx.tree_at(lambda m: m.closures, task.model, eqx.combine(weights, fixed))
 
-    @eqx.filter_jit(donate="all-except-first")
-    def update_step(windows: Array, state: Progress) -> tuple[Progress, Array, Array]:
-        def loss_of(weights: PyTree) -> Array:
-            trained = with_closures(weights)
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.update), windows.shape[0])
-            one = lambda w, k: window_loss(trained, w, weight, every, recipe.checkpoint_levels, k)  # noqa: E731
-            return _over_samples(one, windows, keys)
+    def windows_of(update: int) -> list[np.ndarray]:
+        length = recipe.warm_up + recipe.phase(update)
+        return [batch(t.windows, length, n, seed, update, i) for i, (t, n) in enumerate(zip(tasks, shares, strict=True))]
 
-        loss, gradient = eqx.filter_value_and_grad(loss_of)(state.weights)
-        norm = optax.tree.norm(gradient)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        gradient = jax.tree.map(lambda g: jnp.where(good, g, 0), gradient)
-        steps, new = optimiser.update(gradient, state.optimiser, state.weights)
-        moved = eqx.apply_updates(state.weights, steps)
-        keep = lambda a, b: jnp.where(good, a, b)  # noqa: E731
-        weights = jax.tree.map(keep, moved, state.weights)
-        optimiser_state = jax.tree.map(keep, new, state.optimiser)
-        skipped = jnp.where(good, 0, state.skipped + 1)
-        return (
-            Progress(weights, optimiser_state, state.best, state.best_score, state.update + 1, skipped),
-            loss,
-            norm,
-        )
+    def validated(weights: PyTree) -> tuple[dict[str, Any], float]:
+        found = [correlation_scores(with_closures(t, weights), t.validation, t.interval, t.every, t.modes) for t in tasks]
+        # in the precision in which the best one is kept, so that equal scores are equal
+        score = float(np.float32(np.mean([score_of(scores, recipe.choose) for scores in found])))
+        others = {"others": {t.name: s for t, s in zip(tasks[1:], found[1:], strict=True)}} if len(tasks) > 1 else {}
+        return {**found[0], **others, "score": score}, score
 
     zero = jnp.zeros((), jnp.int32)
-    state = Progress(closures, optimiser.init(closures), closures, jnp.asarray(-jnp.inf, jnp.float32), zero, zero)
+    optimiser = make_optimiser(recipe).init(weights)
+    good = (weights, optimiser, weights)
+    one, lowest = jnp.ones((), jnp.float32), jnp.asarray(-jnp.inf, jnp.float32)
+    state = Progress(*good, good, weights, lowest, zero, zero, zero, zero, one)
     history: list[dict[str, Any]] = []
-    best_update, spent, compile_seconds, skipped_total = 0, 0.0, 0.0, 0
-    if checkpoints is not None and resume:
-        found = checkpoints.latest(state)
-        if found is not None:
-            _, state, meta = found
-            history, best_update, spent = meta["history"], meta["best_update"], meta["seconds"]
-            compile_seconds, skipped_total = meta["compile_seconds"], meta["skipped"]
+    best_update, spent, skipped_total, firsts = 0, 0.0, 0, {}
+    data = [digest_of(task.windows) for task in tasks]
+    if checkpoints is not None and resume and (found := checkpoints.latest(state)) is not None:
+        _, state, meta = found
+        if meta["data"] != data:
+            raise StorageError(f"{checkpoints.folder}: holds the training on other data; train anew, without resuming")
+        history, best_update, spent, skipped_total = meta["history"], meta["best_update"], meta["seconds"], meta["skipped"]
+        firsts = {int(length): seconds for length, seconds in meta["firsts"].items()}
     state = jax.tree.map(jnp.array, state)
 
     def save() -> None:
@@ -276,325 +555,120 @@ def train(
                 "history": history,
                 "best_update": best_update,
                 "seconds": spent,
-                "compile_seconds": compile_seconds,
+                "firsts": {str(length): took for length, took in firsts.items()},
                 "skipped": skipped_total,
                 "recipe": asdict(recipe),
                 "seed": seed,
+                "data": data,
             }
             checkpoints.save(int(state.update), state, meta)
 
-    compiled: set[int] = set()
-    for update in range(int(state.update), recipe.total):
-        begin = time.perf_counter()
-        length = recipe.phase(update)
-        windows = jnp.asarray(batches(data, length, recipe.batch, seed, update))
-        state, loss, norm = update_step(windows, state)
-        loss = float(loss)
-        took = time.perf_counter() - begin
-        if length not in compiled:
-            compiled.add(length)
-            compile_seconds += took
-        spent += took
-        skipped_total += int(not math.isfinite(loss) or not math.isfinite(float(norm)))
-        record: dict[str, Any] = {
-            "update": update + 1,
-            "loss": loss if math.isfinite(loss) else None,
-            "unroll": length,
-            "seconds": round(spent, 3),
-        }
-        if int(state.skipped) > recipe.patience:
-            raise TrainingDiverged(
-                f"{int(state.skipped)} updates in a row were not finite (update {update + 1}, unroll {length}); lower train.rate "
-                f"or train.clip, or start from shorter unrolls"
-            )
-        if (update + 1) % recipe.validate_every == 0 or update + 1 == recipe.total:
-            begin = time.perf_counter()
-            scores = correlation_scores(with_closures(state.weights), validation, interval, every, modes)
-            record["validation"] = scores
-            # Ties (no crossing within the window, say) are decided by the mean correlation.
-            reached = scores["t95_at_least"] if scores["t95"] is None else scores["t95"]
-            score = reached + 1e-3 * scores["mean_correlation"]
-            if score > float(state.best_score):
-                best_update = update + 1
-                better = jnp.asarray(score, jnp.float32)
-                # A copy, because the weights are donated to the next update.
-                state = eqx.tree_at(lambda s: (s.best, s.best_score), state, (jax.tree.map(jnp.array, state.weights), better))
-            spent += time.perf_counter() - begin
-        history.append(record)
-        if "validation" in record:
-            save()
-        try:
-            report(record)
-        except BaseException:
-            save()
-            raise
+    def exhausted() -> bool:
+        return bool(recipe.stop_after) and int(state.stale) >= recipe.stop_after
+
+    begin = int(state.update)
+    with Prefetch(windows_of, recipe.total) as fetched:
+        for update in range(begin, recipe.total):
+            if exhausted():
+                break
+            clock = time.perf_counter()
+            length = recipe.phase(update)
+            key = jax.random.fold_in(root, update)
+            parts = [
+                gradient_of(model, state.weights, jnp.asarray(windows), jax.random.fold_in(key, i), how)
+                for i, (model, windows, how) in enumerate(zip(models, fetched(update), hows, strict=True))
+            ]
+            loss, terms, gradient = _mean(parts, shares)
+            state, norm = _applied(state, loss, gradient, positive, recipe)
+            loss, norm = float(loss), float(norm)
+            took = time.perf_counter() - clock
+            firsts.setdefault(length, took)
+            spent += took
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            skipped_total += not finite
+            record: dict[str, Any] = {
+                "update": update + 1,
+                "loss": loss if finite else None,
+                "unroll": length,
+                "gradient_norm": norm if finite else None,
+                "clipped": finite and norm > recipe.clip,
+                "rate": float(recipe.rate_of(update)) * float(state.scale),
+                "seconds": round(spent, 3),
+            }
+            if len(terms) > 1:
+                record["terms"] = {name: float(value) if finite else None for name, value in terms.items()}
+            if int(state.skipped) > recipe.patience:
+                record["rolled_back"] = True
+                state = _rolled_back(state, recipe, update, length)
+            elif (update + 1) % recipe.validate_every == 0 or update + 1 == recipe.total:
+                clock = time.perf_counter()
+                record["validation"], score = validated(state.average)
+                better = score > float(state.best_score) or not best_update
+                best_update = update + 1 if better else best_update
+                state = eqx.tree_at(
+                    lambda s: (s.best, s.best_score, s.stale, s.good),
+                    state,
+                    (
+                        state.average if better else state.best,
+                        jnp.asarray(score if better else state.best_score, jnp.float32),
+                        zero if better else state.stale + 1,
+                        (state.weights, state.optimiser, state.average) if math.isfinite(score) else state.good,
+                    ),
+                )
+                spent += time.perf_counter() - clock
+            history.append(record)
+            if "validation" in record:
+                save()
+            try:
+                report(record)
+            except BaseException:
+                save()
+                raise
     return Outcome(
-        with_closures(state.best),
+        with_closures(first, state.best),
         history,
         float(state.best_score),
         best_update,
         spent,
-        compile_seconds,
+        _compile_seconds(history, firsts),
         skipped_total,
+        int(state.rollbacks),
+        exhausted() and int(state.update) < recipe.total,
     )
+
+
+def _mean(parts: Sequence[tuple[Array, dict[str, Array], PyTree]], shares: Sequence[int]) -> tuple[Array, dict[str, Array], PyTree]:
+    """The mean over windows of means over each task's windows."""
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(shares)
+    # By way of the host: gradients of different meshes may lie on different devices.
+    parts = [jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), part) for part in parts]
+    return jax.tree.map(lambda *each: sum(n / total * a for n, a in zip(shares, each, strict=True)), *parts)
+
+
+def _rolled_back(state: Progress, recipe: Recipe, update: int, length: int) -> Progress:
+    """The last validated weights, with half the learning rate."""
+    if int(state.rollbacks) >= recipe.rollbacks:
+        raise TrainingDiverged(
+            f"{int(state.skipped)} updates in a row were not finite (update {update + 1}, unroll {length}), after going back "
+            f"{int(state.rollbacks)} times; lower train.rate or train.clip, or start from shorter unrolls"
+        )
+    weights, optimiser, average = state.good
+    changed = (weights, optimiser, average, jnp.zeros((), jnp.int32), state.rollbacks + 1, 0.5 * state.scale)
+    return eqx.tree_at(lambda s: (s.weights, s.optimiser, s.average, s.skipped, s.rollbacks, s.scale), state, changed)
+
+
+def _compile_seconds(history: Sequence[dict[str, Any]], firsts: Mapping[int, float]) -> dict[int, float]:
+    """What the first update of each unroll length took beyond the median of the others."""
+    out = {}
+    for length, first in firsts.items():
+        times = [r["seconds"] for r in history if r["unroll"] == length and "validation" not in r]
+        usual = float(np.median(np.diff(times))) if len(times) > 2 else 0.0
+        out[length] = round(max(0.0, first - usual), 3)
+    return out
 
 
 def parameters(closures: Any) -> int:
     """How many numbers a closure, or several, train."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(closures, eqx.is_inexact_array)))
-
-
-# --- the command -----------------------------------------------------------------------------------------------------------------
-
-
-def training_data(
-    experiment: "Experiment", kind: Literal["training", "validation"], progress: Callable[[str, float], None]
-) -> Float[np.ndarray, "trajectory frame c *grid"]:
-    """Filtered trajectories for the run that is trained, from the cache or made anew; their starts are disjoint from each other's
-    and from the experiment's own."""
-    spec = experiment.spec
-    assert spec.train is not None
-    data, label = spec.train.data, spec.train.run
-    target = experiment.solver(label)
-    grid = experiment.grid(data.shape or spec.reference.shape, ("train", "data", "shape"))
-    count = data.trajectories if kind == "training" else data.validation
-    length = data.time if kind == "training" else data.validation_time
-    frames = max(1, round(length / data.interval))
-    # Seeds of the two kinds and of the test starts never meet: validation starts are drawn after all training ones.
-    first = 0 if kind == "training" else data.trajectories
-    keys = sample_keys(data.seed, first + count)[first:]
-    resolved = experiment.resolved
-    starts = {
-        **{name: resolved[name] for name in ("equation", "domain", "initial")},
-        "reference": {name: resolved["reference"][name] for name in ("solver", "stepper")},
-        "samples": [data.seed, first, count, list(grid.shape)],
-        "files": {name: digest for name, digest in experiment.files.items() if name.endswith(".py")},
-    }
-    recipe = {
-        "starts": starts,
-        "target": [type(target).__name__, list(target.grid.shape)],
-        "data": [kind, frames, data.interval, data.precision],
-        "courant": COURANT,
-    }
-    made = make_frames(
-        recipe,
-        lambda g: experiment.solver_for(spec.reference.solver, g.shape),
-        experiment.stepper("reference"),
-        experiment.initial(),
-        keys,
-        grid,
-        np.dtype(data.precision),
-        data.interval,
-        frames,
-        {"target": target},
-        store_as=np.dtype(experiment.dtype(label)),
-        starts=starts,
-        progress=lambda what, x: progress(what.replace("reference", kind), x),
-    )
-    return made.groups["target"]
-
-
-def _recipe(spec: "Train") -> Recipe:
-    return Recipe(
-        unroll=tuple(spec.unroll),
-        updates=tuple(spec.updates),
-        batch=spec.batch,
-        rate=spec.rate,
-        clip=spec.clip,
-        power=spec.power,
-        validate_every=spec.validate_every,
-        checkpoint_levels=spec.checkpoint_levels,
-        patience=spec.patience,
-    )
-
-
-def _model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
-    """The run's model with fresh closures, and its model steps per frame of the data."""
-    spec = experiment.spec
-    assert spec.train is not None
-    label, interval = spec.train.run, spec.train.data.interval
-    closures = experiment.closures_for(label, weights=False, seed=seed)
-    if parameters(closures) == 0:
-        raise ConfigError(f"train.run: the closures of {label!r} have no arrays, so there is nothing to train")
-    if experiment.adaptive(label):
-        raise ConfigError(f"runs.{label}.adaptive: a run that is trained needs a fixed time step; remove adaptive and give dt")
-    model = experiment.model_for(label, closures=closures)
-    every = round(interval / model.step_time)
-    if every < 1 or not math.isclose(every * model.step_time, interval, rel_tol=1e-9):
-        raise ConfigError(
-            f"train.data.interval: {interval:g} is not a whole number of model steps of {label!r} ({model.step_time:g} each); "
-            f"choose a multiple, for example {max(1, every) * model.step_time:g}"
-        )
-    length = spec.train.data.time
-    if max(spec.train.unroll) * interval > length * (1 + 1e-9):
-        raise ConfigError(
-            f"train.unroll: {max(spec.train.unroll)} frames of {interval:g} are longer than train.data.time = {length:g}"
-        )
-    return model, every
-
-
-def train_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
-    """Everything that `hybridsim train` does: data, one training per seed, weights, scores on the test starts."""
-    with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
-        try:
-            return _train_locked(experiment, folder, resume, say)
-        except (TrainingDiverged, FineRunError) as error:
-            say.line(str(error))
-            return 3
-
-
-def _train_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
-    import datetime
-
-    import yaml
-
-    spec = experiment.spec.train
-    assert spec is not None
-    label, recipe = spec.run, _recipe(spec)
-    work = folder / "training"
-    marker = work / "config_hash.json"
-    if resume and marker.exists() and storage.read_json(marker) != experiment.config_hash:
-        raise storage.StorageError(
-            f"{work}: holds the training of another configuration; resume with the same YAML, or train into another --out"
-        )
-    if not (resume and marker.exists()) and work.exists():
-        # What another recipe left must never be taken for the training of this one.
-        shutil.rmtree(work)
-    work.mkdir(exist_ok=True)
-    storage.write_json(marker, experiment.config_hash)
-    text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
-    storage.atomic_write(folder / "config.yaml", text)
-    environment = storage.environment()
-    first_model, every = _model_to_train(experiment, spec.seeds[0])
-    count = parameters(first_model.closures)
-    say.line(f"training {label} of {experiment.name}: {count} parameters, seeds {', '.join(map(str, spec.seeds))} → {folder}")
-
-    def making(what: str, fraction: float) -> None:
-        say.progress(what, fraction)
-        STOP.check()
-
-    data = training_data(experiment, "training", making)
-    validation = training_data(experiment, "validation", making)
-    say.line(f"data: {data.shape[0]} trajectories of {spec.data.time:g}, {validation.shape[0]} for validation")
-    bare = without_closures(first_model)
-    base = correlation_scores(bare, validation, spec.data.interval, every, experiment.modes)
-    say.line(f"without closure: validation {_said(base)}")
-
-    outcomes: dict[int, Outcome] = {}
-    histories: dict[str, list[dict[str, Any]]] = {}
-    for seed in spec.seeds:
-        model, every = _model_to_train(experiment, seed)
-        window: list[tuple[float, float]] = []
-
-        def report(record: dict[str, Any], seed=seed, window=window) -> None:
-            window.append((record["seconds"], record["update"]))
-            del window[:-50]
-            (t0, u0), (t1, u1) = window[0], window[-1]
-            rate = (u1 - u0) / (t1 - t0) if t1 > t0 else 0.0
-            loss = "not finite" if record["loss"] is None else f"{record['loss']:.3e}"
-            note = f"loss {loss}  unroll {record['unroll']}  {rate:.1f}/s"
-            say.progress(f"seed {seed}", record["update"] / recipe.total, note)
-            if "validation" in record:
-                scores = record["validation"]
-                say.line(f"seed {seed}, update {record['update']}: {note}, {_said(scores)}")
-            STOP.check()
-
-        outcome = train(
-            model,
-            data,
-            validation,
-            spec.data.interval,
-            every,
-            recipe,
-            seed=seed,
-            modes=experiment.modes,
-            checkpoints=storage.Checkpoints(work / f"seed-{seed}"),
-            resume=resume,
-            report=report,
-        )
-        outcomes[seed] = outcome
-        histories[f"seed {seed}"] = outcome.history
-        storage.write_json(folder / "training.json", histories)
-        summary = _seed_summary(outcome)
-        _save_closures(experiment, outcome.model, folder, f"{label}-seed{seed}", {"training": {"seed": seed, **summary}})
-        best = f"best validation {_said(outcome.best_validation)} at update {outcome.best_update}"
-        say.line(f"seed {seed}: {best}, {outcome.seconds:.0f} s")
-
-    best = max(outcomes, key=lambda s: outcomes[s].best_score)
-    card = {
-        "closure": experiment.weights_header(label)["closure"],
-        "experiment": experiment.name,
-        "run": label,
-        "family": experiment.resolved["equation"]["use"],
-        "solver": experiment.resolved["runs"][label]["solver"],
-        "shape": list(experiment.spec.runs[label].shape),
-        "dt": first_model.dt,
-        "parameters": count,
-        "recipe": asdict(recipe),
-        "data": experiment.resolved["train"]["data"],
-        "device": environment.get("device"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": environment,
-        "chosen_seed": best,
-        "chosen_by": "validation t95",
-        "validation_bare": base,
-        "seeds": {str(s): _seed_summary(o) for s, o in outcomes.items()},
-        "history": {name: _thin(h) for name, h in histories.items()},
-    }
-    _save_closures(experiment, outcomes[best].model, folder, label, {"training": {"seed": best, **_seed_summary(outcomes[best])}})
-    storage.write_json(folder / f"{label}.json", card)
-    from hybridsim.report import training_figure
-
-    (folder / "figures").mkdir(exist_ok=True)
-    training_figure(histories["seed " + str(best)], folder / "figures" / "training.png")
-    say.line(f"weights: {folder / (label + '.safetensors')} (seed {best})")
-    return 0
-
-
-def without_closures(model: Model) -> Model:
-    """The same model without closures."""
-    return Model(model.solver, model.stepper, model.dt, (), (), model.substeps, model.courant)
-
-
-def _said(scores: dict[str, Any]) -> str:
-    """t95 and t80 in words; what was not crossed is said to be at least the window."""
-    words = []
-    for name in ("t95", "t80"):
-        value = scores[name]
-        words.append(f"{name} {value:.3f}" if value is not None else f"{name} ≥ {scores[name + '_at_least']:.3f}")
-    return ", ".join(words)
-
-
-def _seed_summary(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "validation": outcome.best_validation,
-        "best_update": outcome.best_update,
-        "seconds": round(outcome.seconds, 1),
-        "compile_seconds": round(outcome.compile_seconds, 1),
-        "skipped_updates": outcome.skipped,
-    }
-
-
-def _thin(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """About 200 records of a history, every validation among them; losses are means over what was left out."""
-    stride = max(1, len(history) // 200)
-    out, losses = [], []
-    for i, record in enumerate(history):
-        if record["loss"] is not None:
-            losses.append(record["loss"])
-        if (i + 1) % stride == 0 or "validation" in record:
-            out.append({**record, "loss": float(np.mean(losses)) if losses else None})
-            losses = []
-    return out
-
-
-def _save_closures(experiment: "Experiment", model: Model, folder: Path, name: str, extra: dict[str, Any]) -> None:
-    """One weights file per trained closure: `name.safetensors`, or `name-i.safetensors` where there are several."""
-    assert experiment.spec.train is not None
-    label = experiment.spec.train.run
-    trained = [i for i, c in enumerate(model.closures) if parameters((c,))]
-    for i in trained:
-        header = {**experiment.weights_header(label, i), "versions": storage.environment(), **extra}
-        header["config_hash"] = experiment.config_hash
-        file = f"{name}.safetensors" if len(trained) == 1 else f"{name}-{i}.safetensors"
-        storage.save_weights(folder / file, model.closures[i], header)

@@ -151,7 +151,7 @@ def test_the_folder_of_the_results_may_not_be_a_file(folder: Path):
     assert "--out: mine.py is a file; choose another folder" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "name"), [("run", "hybridsim.experiment"), ("train", "hybridsim.train")])
+@pytest.mark.parametrize(("command", "name"), [("run", "hybridsim.experiment"), ("train", "hybridsim.training")])
 def test_commands_hand_over_and_return_the_exit_code(folder: Path, monkeypatch, command: str, name: str):
     calls = []
 

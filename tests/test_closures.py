@@ -31,7 +31,7 @@ from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.kuramoto_sivashinsky import FiniteVolumeKS, KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.steppers import ETDRK4, SSPRK2, SSPRK3, CrankNicolsonRK4
-from hybridsim.train import window_loss
+from hybridsim.train import How, window_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -447,7 +447,7 @@ def test_a_replacement_learns(name):
 
     @jax.jit
     def loss(weights):
-        return window_loss(Model(solver, stepper, 0.1, (eqx.combine(weights, fixed),)), window, None, 1, 1, jax.random.key(0))
+        return window_loss(Model(solver, stepper, 0.1, (eqx.combine(weights, fixed),)), window, jax.random.key(0), How())[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(weights)
     leaves = jax.tree.leaves(gradient)

@@ -21,7 +21,7 @@ from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, null_space
 from hybridsim.solvers.steppers import SSPRK2, SSPRK3, VL2, ForwardEuler
-from hybridsim.train import window_loss
+from hybridsim.train import How, window_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -399,7 +399,7 @@ def test_a_network_instead_of_the_solver_learns(dims):
 
     @jax.jit
     def loss(weights):
-        return window_loss(Model(solver, SSPRK3(), dt, (eqx.combine(weights, fixed),)), window, None, 1, 1, jax.random.key(0))
+        return window_loss(Model(solver, SSPRK3(), dt, (eqx.combine(weights, fixed),)), window, jax.random.key(0), How())[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(weights)
     leaves = jax.tree.leaves(gradient)

@@ -13,7 +13,7 @@ from hybridsim import storage
 from hybridsim.config import experiment_from, load_experiment
 from hybridsim.experiment import _sentence, _statistics, _statistics_error, evaluate_checks, run_experiment
 from hybridsim.signals import STOP, Interrupted
-from hybridsim.train import train_experiment
+from hybridsim.training import train_experiment
 
 SMALL = {
     "equation": {"use": "navier_stokes", "viscosity": 1e-2, "forcing": "kolmogorov"},

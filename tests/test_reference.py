@@ -1,0 +1,119 @@
+"""Fine runs and their filters, from the cache and anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flows import kolmogorov, solver_of, square
+
+from hybridsim import reference, storage
+from hybridsim.solvers.initial import RandomVelocity
+from hybridsim.solvers.steppers import ETDRK4
+
+# --- reference -------------------------------------------------------------------------------------------------------------------
+
+
+def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, window=0.1, **changed):  # noqa: B008
+    solver_on = lambda grid: solver_of("spectral", grid, 1e-2, kolmogorov())  # noqa: E731
+    targets = {
+        "spectral_12x12": solver_of("spectral", square(12), 1e-2),
+        "finite_volume_8x8": solver_of("finite_volume", square(8), 1e-2),
+        "fine_24x24": solver_of("spectral", square(24), 1e-2),
+    }
+    options = {"half": "half", "pictures": 2} | changed
+    return reference.make_frames(
+        {"seed": seed, "initial": repr(initial), "window": window}, solver_on, ETDRK4(), initial,
+        reference.sample_keys(seed, 2), square(24), np.float64, window, 2, targets, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("x64")
+def test_frames_are_filtered_cached_and_regenerated_bit_for_bit():
+    made = _frames()
+    assert not made.cached
+    assert {name: a.shape for name, a in made.groups.items()} == {
+        "spectral_12x12": (2, 3, 2, 12, 12),
+        "finite_volume_8x8": (2, 3, 2, 8, 8),
+        "fine_24x24": (2, 3, 2, 24, 24),
+        "half": (2, 3, 2, 12, 12),
+    }
+    np.testing.assert_allclose(made.times, [0, 0.1, 0.2])
+    np.testing.assert_allclose(made.picture_times, [0, 0.2])
+    assert made.pictures.shape == (2, 2, 24, 24)
+
+    # the staggered frames are free of divergence, the spectral ones are the fine field cut off
+    coarse = made.groups["finite_volume_8x8"]
+    h = 2 * np.pi / 8
+    divergence = sum((coarse[:, :, a] - np.roll(coarse[:, :, a], 1, axis=2 + a)) / h for a in range(2))
+    assert np.abs(divergence).max() <= 1e-12
+    assert np.abs(np.diff(coarse[:, :, 0], axis=2)).max() > 0.1
+    fine = np.fft.fft2(made.groups["fine_24x24"], norm="forward")
+    cut = np.fft.fft2(made.groups["spectral_12x12"], norm="forward")
+    k = np.arange(-5, 6)
+    i, j = np.meshgrid(k, k, indexing="ij")
+    shift = np.exp(1j * np.pi * (i + j) * (1 / 12 - 1 / 24))  # cell centres of the two grids differ
+    np.testing.assert_allclose(cut[..., i, j], fine[..., i, j] * shift, rtol=0, atol=1e-13)
+    assert np.abs(cut[..., 6, :]).max() <= 1e-13
+    np.testing.assert_allclose(coarse.mean(axis=(3, 4)), made.groups["fine_24x24"].mean(axis=(3, 4)), rtol=0, atol=1e-13)
+
+    # the run at half the resolution starts from the same states and then leaves them
+    same, other = made.groups["half"][:, 0], made.groups["half"][:, 2]
+    np.testing.assert_allclose(same, made.groups["spectral_12x12"][:, 0], rtol=0, atol=1e-12)
+    assert 1e-8 < np.abs(other - made.groups["spectral_12x12"][:, 2]).max() < 0.5
+
+    again = _frames()
+    assert again.cached
+    for path in storage.cache_folder().rglob("*.safetensors"):
+        path.unlink()
+    anew = _frames()
+    assert not anew.cached
+    for other in (again, anew):
+        assert set(other.groups) == set(made.groups)
+        for name, array in made.groups.items():
+            np.testing.assert_array_equal(other.groups[name], array)
+        np.testing.assert_array_equal(other.pictures, made.pictures)
+        assert other.dt == made.dt
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_warmed_up_frames_are_regenerated_bit_for_bit(monkeypatch, tmp_path):
+    initial = RandomVelocity(2.0, 3.0, warm_up=0.2, warm_up_shape=(16, 16))
+    made = _frames(initial)
+    monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "another"))
+    anew = _frames(initial)
+    assert not anew.cached
+    for name, array in made.groups.items():
+        np.testing.assert_array_equal(anew.groups[name], array)
+    cold, other = _frames(half=None), _frames(initial, seed=2, half=None)
+    for frames in (cold, other):  # the warm-up and the seed decide the flow
+        assert np.abs(frames.groups["spectral_12x12"] - made.groups["spectral_12x12"]).max() > 0.1
+
+
+def test_a_fine_run_that_blows_up_says_when():
+    solver = solver_of("spectral", square(8), 0.0)
+    u = jnp.full((1, 2, 8, 8), jnp.nan)
+    with pytest.raises(reference.FineRunError, match="blew up before t = 0"):
+        reference.fine_run(solver, ETDRK4(), u, 0.1, 1, lambda _f, _u: None)
+
+
+@pytest.mark.usefixtures("x64")
+def test_starts_are_kept_for_other_windows(monkeypatch):
+    made = []
+    real = reference.warm_starts
+    monkeypatch.setattr(reference, "warm_starts", lambda *a: made.append(a) or real(*a))
+    initial = RandomVelocity(2.0, 1.0, warm_up=0.2)
+    first = _frames(initial, starts={"a": 1}, half=None)
+    second = _frames(initial, starts={"a": 1}, half=None, window=0.05)  # another recipe in all but the starts
+    assert len(made) == 1
+    assert not second.cached
+    third = _frames(RandomVelocity(2.0, 1.0, warm_up=0.3), starts={"a": 2}, half=None)
+    assert len(made) == 2
+    np.testing.assert_array_equal(first.groups["fine_24x24"][:, 0], second.groups["fine_24x24"][:, 0])
+    assert not np.array_equal(first.groups["fine_24x24"][:, 0], third.groups["fine_24x24"][:, 0])
+
+
+def test_samples_have_their_own_keys():
+    keys = [jax.random.key_data(k).tolist() for seed in (0, 1) for k in reference.sample_keys(seed, 3)]
+    assert len({tuple(k) for k in keys}) == 6
+    assert [jax.random.key_data(k).tolist() for k in reference.sample_keys(0, 2)] == keys[:2]
