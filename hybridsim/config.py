@@ -522,6 +522,9 @@ class Experiment:
             try:
                 for key, value in changes.items():
                     set_key(data, _split(key), value)
+                if "compare.modes" not in changes:
+                    coarsest = min(data["runs"][train.run]["shape"])
+                    data["compare"]["modes"] = max(1, min(self.modes, coarsest // 2 - 1))
                 found.append(experiment_from(data, self.path, shipped, for_training=True))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None

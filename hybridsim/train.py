@@ -438,12 +438,12 @@ def constants_among(closures: Sequence[AbstractClosure]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(weights), [is_constant(path) for path, _ in paths])
 
 
-def _shares(total: int, tasks: int) -> list[int]:
+def shares(total: int, tasks: int) -> list[int]:
     """How many windows of a batch each task gets: as even as possible, none nothing."""
     return [max(1, total // tasks + (i < total % tasks)) for i in range(tasks)]
 
 
-def _devices(recipe: Recipe, size: int) -> int:
+def devices_for(recipe: Recipe, size: int) -> int:
     """How many devices share `size` windows."""
     most = jax.local_device_count()
     if not recipe.devices:
@@ -457,7 +457,7 @@ def _devices(recipe: Recipe, size: int) -> int:
 
 
 def _how(recipe: Recipe, task: Task, size: int) -> How:
-    devices = _devices(recipe, size)
+    devices = devices_for(recipe, size)
     at_once = 1 if jax.default_backend() == "cpu" else size // devices
     levels = recipe.checkpoint_levels
     budget: int | Budget = Budget(recipe.memory * 2**20 / at_once) if levels is None else levels
@@ -514,8 +514,8 @@ def train(
         losses.check_terms({name: weight for name, weight in recipe.loss if weight}, task.model.solver)
         if task.windows.shape[1] <= recipe.longest:
             raise ValueError(f"unroll: windows of {recipe.longest} frames do not fit in trajectories of {task.windows.shape[1]}")
-    shares = _shares(recipe.batch, len(tasks))
-    hows = [_how(recipe, task, size) for task, size in zip(tasks, shares, strict=True)]
+    sizes = shares(recipe.batch, len(tasks))
+    hows = [_how(recipe, task, size) for task, size in zip(tasks, sizes, strict=True)]
     models, positive = _alike(tasks, dtype), constants_among(first.model.closures)
     root = jax.random.key(seed)
 
@@ -524,7 +524,7 @@ def train(
 
     def windows_of(update: int) -> list[np.ndarray]:
         length = recipe.warm_up + recipe.phase(update)
-        return [batch(t.windows, length, n, seed, update, i) for i, (t, n) in enumerate(zip(tasks, shares, strict=True))]
+        return [batch(t.windows, length, n, seed, update, i) for i, (t, n) in enumerate(zip(tasks, sizes, strict=True))]
 
     def validated(weights: PyTree) -> tuple[dict[str, Any], float]:
         found = [correlation_scores(with_closures(t, weights), t.validation, t.interval, t.every, t.modes) for t in tasks]
@@ -578,7 +578,7 @@ def train(
                 gradient_of(model, state.weights, jnp.asarray(windows), jax.random.fold_in(key, i), how)
                 for i, (model, windows, how) in enumerate(zip(models, fetched(update), hows, strict=True))
             ]
-            loss, terms, gradient = _mean(parts, shares)
+            loss, terms, gradient = _mean(parts, sizes)
             state, norm = _applied(state, loss, gradient, positive, recipe)
             loss, norm = float(loss), float(norm)
             took = time.perf_counter() - clock
@@ -637,14 +637,14 @@ def train(
     )
 
 
-def _mean(parts: Sequence[tuple[Array, dict[str, Array], PyTree]], shares: Sequence[int]) -> tuple[Array, dict[str, Array], PyTree]:
+def _mean(parts: Sequence[tuple[Array, dict[str, Array], PyTree]], sizes: Sequence[int]) -> tuple[Array, dict[str, Array], PyTree]:
     """The mean over windows of means over each task's windows."""
     if len(parts) == 1:
         return parts[0]
-    total = sum(shares)
+    total = sum(sizes)
     # By way of the host: gradients of different meshes may lie on different devices.
     parts = [jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), part) for part in parts]
-    return jax.tree.map(lambda *each: sum(n / total * a for n, a in zip(shares, each, strict=True)), *parts)
+    return jax.tree.map(lambda *each: sum(n / total * a for n, a in zip(sizes, each, strict=True)), *parts)
 
 
 def _rolled_back(state: Progress, recipe: Recipe, update: int, length: int) -> Progress:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Float
@@ -23,7 +24,9 @@ from hybridsim.train import (
     TrainingDiverged,
     constants_among,
     correlation_scores,
+    devices_for,
     parameters,
+    shares,
     train,
     without_closures,
 )
@@ -211,11 +214,16 @@ def _check_fit(experiment: "Experiment", recipe: Recipe) -> None:
             losses.check_terms(dict(recipe.loss), model.solver)
         except ValueError as error:
             raise ConfigError(f"train.loss.{error}") from None
-        ours, theirs = (jax.eval_shape(lambda c: jax.tree.map(np.asarray, c), m.closures) for m in (first, model))
-        if jax.tree.structure(ours) != jax.tree.structure(theirs) or jax.tree.leaves(ours) != jax.tree.leaves(theirs):
+        shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), eqx.filter(m.closures, eqx.is_inexact_array)) for m in (first, model)]
+        if shapes[0] != shapes[1]:
             raise ConfigError(
                 f"train.variants[{i - 1}]: its closures have other weights than those of the file; all must share them"
             )
+    try:
+        for size in shares(recipe.batch, 1 + len(experiment.variants)):
+            devices_for(recipe, size)
+    except ValueError as error:
+        raise ConfigError(f"train.mesh.batch: {str(error).removeprefix('devices: ')}") from None
     from hybridsim.diagnostics import is_gas
 
     if recipe.choose == "error" and not is_gas(first.solver.variables):
@@ -237,10 +245,6 @@ def train_experiment(experiment: "Experiment", folder: Path, resume: bool, conso
         except (TrainingDiverged, FineRunError) as error:
             say.line(str(error))
             return 3
-        except ValueError as error:
-            if str(error).startswith("devices: "):
-                raise ConfigError(f"train.mesh.batch: {str(error).removeprefix('devices: ')}") from None
-            raise
 
 
 def _train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume: bool, say: Reporter) -> int:
@@ -305,18 +309,19 @@ def _train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume
     outcomes: dict[int, Outcome] = {}
     histories: dict[str, list[dict[str, Any]]] = {}
     for seed in spec.seeds:
-        pace: list[tuple[float, float]] = []
+        pace: list[tuple[int, float]] = []
         logs = [open_log(kind, work, f"seed-{seed}") for kind in spec.log]
 
         def report(record: dict[str, Any], seed=seed, pace=pace, logs=logs) -> None:
             for log in logs:
                 log.write(record)
-            pace.append((record["seconds"], record["update"]))
+            if pace and pace[-1][0] != record["unroll"]:
+                pace.clear()  # the first update of a length is compiled
+            pace.append((record["unroll"], record["seconds"]))
             del pace[:-50]
-            (t0, u0), (t1, u1) = pace[0], pace[-1]
-            rate = (u1 - u0) / (t1 - t0) if t1 > t0 else 0.0
+            rate = (len(pace) - 1) / (pace[-1][1] - pace[0][1]) if pace[-1][1] > pace[0][1] else 0.0
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.3e}"
-            note = f"loss {loss}  unroll {record['unroll']}  {rate:.1f}/s"
+            note = f"loss {loss}  unroll {record['unroll']}" + (f"  {rate:.1f}/s" if rate else "")
             say.progress(f"seed {seed}", record["update"] / recipe.total, note)
             if record.get("rolled_back"):
                 say.line(f"seed {seed}, update {record['update']}: not finite; back to the last validated weights, half the rate")

@@ -14,6 +14,7 @@ from hybridsim.config import experiment_from, load_experiment
 from hybridsim.experiment import _sentence, _statistics, _statistics_error, evaluate_checks, run_experiment
 from hybridsim.signals import STOP, Interrupted
 from hybridsim.training import train_experiment
+from hybridsim.yaml_reader import ConfigError
 
 SMALL = {
     "equation": {"use": "navier_stokes", "viscosity": 1e-2, "forcing": "kolmogorov"},
@@ -397,3 +398,53 @@ def test_training_writes_weights_that_the_run_takes(tmp_path, x64, console, monk
     used = experiment(tmp_path, runs=runs, checks={})
     assert run_experiment(used, folder, False, console) == 0
     assert (folder / "figures/training.png").exists()
+
+
+def test_constants_are_tuned_on_several_references_from_disk(tmp_path, x64, console):
+    runs = json.loads(json.dumps(TRAINING["runs"]))
+    runs["learned"]["corrections"] = [{"use": "smagorinsky", "cs": 0.1}]
+    train = {
+        **TRAINING["train"],
+        "data": {**TRAINING["train"]["data"], "store": "zarr", "together": 2},
+        "variants": [{"equation.viscosity": 2.0e-2}],
+        "loss": {"state": 1.0, "dissipation": 0.1},
+        "unroll": [2],
+        "updates": [4],
+        "seeds": [0],
+        "rate": 0.05,
+        "average": 0.5,
+        "log": ["jsonl", "tensorboard"],
+    }
+    trained = experiment(tmp_path, runs=runs, checks={}, train=train)
+    folder = tmp_path / "tuned"
+    assert train_experiment(trained, folder, False, console) == 0
+    assert len(list(storage.cache_folder().glob("training/*.zarr"))) == 2
+    lines = [json.loads(line) for line in (folder / "training/seed-0.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]["terms"]) == {"state", "dissipation"}
+    assert set(lines[-1]["validation"]["others"]) == {"equation.viscosity = 0.02"}
+    assert list((folder / "training/tensorboard/seed-0").iterdir())
+
+    runs["learned"]["corrections"][0]["weights"] = "tuned/learned.safetensors"
+    closure = experiment(tmp_path, runs=runs, checks={}).closures_for("learned")[0]
+    assert closure.cs.shape == ()
+    assert closure.cs.dtype == np.float32
+    assert float(closure.cs) > 0
+    assert float(closure.cs) != pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize(("changed", "sentence"), [
+    ({"variants": [{"equation.viscosty": 1.0}]}, "train.variants[0]: equation.viscosty: NavierStokes takes no 'viscosty'"),
+    ({"loss": {"state": 0.0}}, "train.loss: every weight is zero"),
+    ({"loss": {"stat": 1.0}}, "did you mean 'state'?"),
+    ({"truncate": 2}, "train.truncate: unrolls beyond 2 frames must be multiples of it, found 3"),
+    ({"warm_up": 9}, "train.unroll: 12 frames of 0.1 are longer than train.data.time = 1"),
+    ({"choose": "error"}, "train.choose: only a gas has an error"),
+    ({"mesh": {"batch": 64}, "batch": 64}, "train.mesh.batch: 64 cannot share 64 windows"),
+])  # fmt: skip
+def test_trainings_that_make_no_sense_are_refused(tmp_path, x64, console, changed, sentence):
+    with pytest.raises(ConfigError) as refusal:
+        train_experiment(
+            experiment(tmp_path, **{**TRAINING, "train": {**TRAINING["train"], **changed}}), tmp_path / "x", False, console
+        )
+    assert sentence in str(refusal.value)
