@@ -217,6 +217,11 @@ class AbstractSolver(eqx.Module):
         `hybridsim.compilation`."""
         return False
 
+    @property
+    def large_program(self) -> bool:
+        """Whether `euler` is so large a program that steppers should compile it once, in a loop over their stages."""
+        return False
+
     def free_weights(self) -> int:
         """How many free coefficients an `Interpolation` closure has per face, side and channel; 0 where none are offered."""
         return 0

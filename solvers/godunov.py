@@ -180,6 +180,10 @@ class CompressibleFiniteVolume(AbstractSolver):
         """What `euler` will use for the output of an Interpolation closure."""
         return {"weights": weights}
 
+    @property
+    def large_program(self) -> bool:
+        return self.grid.ndim == 3
+
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
     def linear(self) -> PyTree | None:

@@ -95,7 +95,8 @@ class SSPRK3(_Explicit):
     """z₁ = E(z₀);  z₂ = ¾ z₀ + ¼ E(z₁);  z = ⅓ z₀ + ⅔ E(z₂),  E(z) = z + Δt f(z).
 
     Third order, strong-stability preserving up to Courant number 1 (Shu & Osher 1988, doi:10.1016/0021-9991(88)90177-5, eq. 2.18);
-    also stable for central convection (|λ| Δt ≤ 1.73 on the imaginary axis).
+    also stable for central convection (|λ| Δt ≤ 1.73 on the imaginary axis). Where E is a large program the stages are a loop
+    that compiles it once.
     """
 
     order: ClassVar[int] = 3
@@ -103,6 +104,16 @@ class SSPRK3(_Explicit):
 
     def __call__(self, solver, coefficients, z, t, dt, tendency):
         euler = lambda q, time: self._euler(solver, coefficients, q, time, dt, tendency)  # noqa: E731
+        if solver.large_program:
+
+            def stage(q: PyTree, of: tuple[Array, Array]) -> tuple[PyTree, None]:
+                weight, node = of
+                # the first stage is E(z₀) itself: a + (b − a) is not b where b is tiny
+                mixed = lambda a, b: jnp.where(weight == 1, b, a + weight.astype(a.dtype) * (b - a))  # noqa: E731
+                return _stage(_mix(mixed, z, euler(q, t + node * dt))), None
+
+            weights, nodes = jnp.asarray([1, 1 / 4, 2 / 3], dt.dtype), jnp.asarray([0, 1, 1 / 2], dt.dtype)
+            return jax.lax.scan(stage, z, (weights, nodes))[0]
         z1 = _stage(euler(z, t))
         z2 = _stage(_mix(lambda a, b: 0.75 * a + 0.25 * b, z, euler(z1, t + dt)))
         z3 = euler(z2, t + 0.5 * dt)
