@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from hybridsim.corrections.learned import LearnedFlux
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.samples import use_all_cores
-from hybridsim.solvers.compressible import CompressibleFlow
+from hybridsim.solvers.compressible import CompressibleNavierStokes
 from hybridsim.solvers.finite_volume import StaggeredFiniteVolume
-from hybridsim.solvers.godunov import GodunovFiniteVolume
+from hybridsim.solvers.godunov import CompressibleFiniteVolume
 from hybridsim.solvers.incompressible import Kolmogorov, NavierStokes
 from hybridsim.solvers.initial import RandomVelocity, RandomWaves
 from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
@@ -80,9 +80,9 @@ def in_turn(pair: list[tuple[Callable, tuple]], rounds: int) -> list[list[float]
     return seconds
 
 
-def gas(n: int, reconstruction: str) -> AbstractSolver:
-    equation = CompressibleFlow(gamma=5 / 3, viscosity=1.5e-3, prandtl=0.7)
-    return GodunovFiniteVolume(Grid((n,) * 3, (1.0,) * 3), equation, reconstruction)
+def gas(n: int, reconstruction: Literal["plm_mc", "weno5z"]) -> AbstractSolver:
+    equation = CompressibleNavierStokes(gamma=5 / 3, viscosity=1.5e-3, prandtl=0.7)
+    return CompressibleFiniteVolume(Grid((n,) * 3, (1.0,) * 3), equation, reconstruction)
 
 
 def gas_state(solver: AbstractSolver, key: jax.Array) -> jax.Array:
