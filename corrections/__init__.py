@@ -1,4 +1,4 @@
-"""What is added to a solver: classical eddy viscosities, networks, and networks at a place.
+"""What is added to a solver: classical closures, networks, and networks at a place.
 
 The table maps the short names of YAML to `module:name`; nothing is imported until it is asked for.
 """
@@ -8,6 +8,8 @@ if not __name__.startswith("hybridsim."):
     raise ImportError("import hybridsim.corrections, not corrections: this folder is installed as a part of hybridsim")
 
 CLOSURES: dict[str, str] = {
+    "dynamic_smagorinsky": "hybridsim.corrections.dynamic:DynamicSmagorinsky",
+    "gradient_model": "hybridsim.corrections.gradient_model:GradientModel",
     "hyperviscosity": "hybridsim.corrections.eddy:Hyperviscosity",
     "learned_correction": "hybridsim.corrections.learned:LearnedCorrection",
     "learned_flux": "hybridsim.corrections.learned:LearnedFlux",
@@ -16,5 +18,6 @@ CLOSURES: dict[str, str] = {
     "learned_step": "hybridsim.corrections.learned:LearnedStep",
     "leith": "hybridsim.corrections.eddy:Leith",
     "smagorinsky": "hybridsim.corrections.eddy:Smagorinsky",
+    "spectral_eddy_viscosity": "hybridsim.corrections.spectral_eddy:SpectralEddyViscosity",
 }
 """`corrections[].use`: the closures."""

@@ -14,9 +14,12 @@ from test_positivity import COURANT, GAMMA, random_problems, run_all
 
 from hybridsim.config import FROM_RUN, blank, catalogue, load_class, make_part
 from hybridsim.contract import Flux, Interpolation, PostStep, Source, View
+from hybridsim.corrections.dynamic import DynamicSmagorinsky
 from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky, filter_width, gas_eddy_flux
 from hybridsim.corrections.gas import gas_of
+from hybridsim.corrections.gradient_model import GradientModel
 from hybridsim.corrections.learned import LearnedCorrection, LearnedFlux, LearnedInterpolation, LearnedSource, LearnedStep
+from hybridsim.corrections.spectral_eddy import SpectralEddyViscosity
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, null_space
@@ -26,6 +29,7 @@ from hybridsim.train import How, window_loss
 pytestmark = pytest.mark.usefixtures("x64")
 
 BOXES = {1: Grid((12,), (1.0,)), 2: Grid((10, 8), (1.0, 0.9)), 3: Grid((8, 6, 5), (1.0, 0.9, 0.7))}
+INCOMPRESSIBLE = ("leith", "hyperviscosity", "dynamic_smagorinsky", "gradient_model", "spectral_eddy_viscosity")
 TENDENCIES = (LearnedFlux, LearnedSource, LearnedInterpolation)
 
 
@@ -562,7 +566,7 @@ def test_a_constant_eddy_viscosity_is_the_viscosity_of_the_solver(dims):
 def test_classical_closures_of_incompressible_flow_say_that_they_are():
     solver = gas(BOXES[2])
     view = view_of(solver, rough_flow(solver.grid))
-    for closure in (Leith(), Hyperviscosity()):
+    for closure in (Leith(), Hyperviscosity(), DynamicSmagorinsky(), GradientModel(), SpectralEddyViscosity()):
         with pytest.raises(
             ValueError, match=f"{type(closure).__name__}: made for incompressible flow, not for a gas .*smagorinsky"
         ):
@@ -579,7 +583,7 @@ def test_eddy_constants_of_a_gas_are_checked():
 # --- from YAML -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use", [name for name in catalogue("closures") if name not in ("leith", "hyperviscosity")])
+@pytest.mark.parametrize("use", [name for name in catalogue("closures") if name not in INCOMPRESSIBLE])
 def test_every_closure_for_a_gas_is_built_from_its_short_name(use):
     solver = gas(BOXES[2], scalars={"dye": 0.0})
     given = {"cs": 0.1, "prandtl": 0.9} if use == "smagorinsky" else {"width": 4, "depth": 1, "velocity_scale": 0.5}
