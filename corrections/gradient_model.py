@@ -29,7 +29,7 @@ class GradientModel(Flux):
     - `width`: Δ_k/Δx_k, the width of the filter in cells; 1–4, and 1 where only the grid filters.
 
     Conserves every sum; invariant under mean flows. It correlates with the exact stress far better than eddy viscosities do, but it
-    is not dissipative: along directions in which the flow is stretched it gives energy back, and alone it blows up on coarse grids.
+    is not dissipative: along directions in which the flow is stretched it gives energy back, and alone it lets small scales grow.
     In practice it is one half of a mixed model, the other being an eddy viscosity: two corrections, this one and `smagorinsky` or
     `dynamic_smagorinsky`. Derivatives are the solver's own, taken and multiplied at the cell centres: exact in spectral solvers but
     for the aliasing of the product; second order in finite volumes, where their error is of the size of the second term.

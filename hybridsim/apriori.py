@@ -137,8 +137,9 @@ def subgrid_flux(
     - `kind`, `width`: `sharp`, `box` or `gaussian` of `hybridsim.statistics.transfer_function`; a coarse cell wide by default.
     - `oversampling`: points per cell and axis at which products are formed; 2 is exact for a band-limited field.
 
-    Exact, without interpolation: the whole filtered series is evaluated at each flux point. For the stress at the cell centres,
-    with means over cells among the filters, see `hybridsim.statistics.subgrid_stress`.
+    Exact, without interpolation: the whole filtered series is evaluated at each flux point; what a finite-volume solver has in its
+    cells is taken for values at points. For the stress at the cell centres, with means over cells among the filters, see
+    `hybridsim.statistics.subgrid_stress`.
     """
     _alike(fine, coarse)
     if is_gas(fine.variables):

@@ -113,10 +113,8 @@ def test_the_tendency_of_a_clean_cut_is_the_divergence_of_the_stress():
     n = np.abs(np.fft.fftfreq(24, 1 / 24))
     index = np.maximum(n[:, None], n[None])
     u = np.fft.ifftn(np.where((index <= 2) | (index >= 7), hat, 0), axes=(1, 2)).real
-    lacking = np.asarray(jax.jit(lambda q: subgrid_tendency(q, fine, coarse))(jnp.asarray(u)))
     found = score({"stress": Given(jnp.asarray(subgrid_flux(u, fine, coarse, "sharp")))}, coarse, fine, u, "restrict")
-    assert np.abs(lacking).max() > 0.01
-    assert found["tendency_error"].max() < 1e-12
+    assert found["tendency_error"].values.max() < 1e-12  # and no NaN: something was missing
 
 
 @pytest.mark.slow
@@ -177,7 +175,6 @@ def test_the_exact_flux_has_the_best_score(kind):
     exact = jnp.asarray(subgrid_flux(u, fine, coarse))
     closures = {
         "exact": Given(exact),
-        "twice": (Given(1.5 * exact), Given(0.5 * exact)),
         "against": Given(-exact),
         "pushed": (Given(exact), Push(0.3)),
         "gradient": GradientModel(),
@@ -190,12 +187,7 @@ def test_the_exact_flux_has_the_best_score(kind):
     one = {"stress_correlation": 1, "stress_error": 0, "tendency_correlation": 1, "tendency_error": 0, "transfer_correlation": 1}
     for name, value in one.items():
         np.testing.assert_allclose(found[name].sel(closure="exact"), value, rtol=0, atol=1e-7)
-        if name.endswith("error"):
-            np.testing.assert_allclose(found[name].sel(closure="twice"), 1, rtol=1e-12)
-            np.testing.assert_allclose(found[name].sel(closure="against"), 2, rtol=1e-12)
-        else:
-            np.testing.assert_allclose(found[name].sel(closure="twice"), 1, rtol=1e-12)
-            np.testing.assert_allclose(found[name].sel(closure="against"), -1, rtol=1e-12)
+        np.testing.assert_allclose(found[name].sel(closure="against"), 2 if name.endswith("error") else -1, rtol=1e-12)
     for name in ("transfer_mean", "backscatter"):
         np.testing.assert_allclose(found[name].sel(closure="exact"), found[f"exact_{name}"], rtol=1e-12)
     np.testing.assert_allclose(found["backscatter"].sel(closure="against"), 1 - found["exact_backscatter"], rtol=1e-12)
@@ -270,7 +262,7 @@ def _pairs(name):
 
 @pytest.mark.parametrize(("name", "stepper"), [
     pytest.param("spectral", ForwardEuler(), marks=pytest.mark.slow),
-    ("spectral", ETDRK4()),
+    pytest.param("spectral", ETDRK4(), marks=pytest.mark.slow),
     pytest.param("spectral", SSPRK3(), marks=pytest.mark.slow),
     pytest.param("spectral", CrankNicolsonRK4(), marks=pytest.mark.slow),
     pytest.param("finite_volume", ForwardEuler(), marks=pytest.mark.slow),
@@ -320,7 +312,7 @@ def test_it_is_so_after_every_stage(name, stepper, monkeypatch):
 
 
 def test_a_source_from_another_filter_is_not_perfect():
-    """s under a Gaussian makes the coarse run the Gaussian's, and not that of the solver's own filter."""
+    """s under a Gaussian makes a run that starts from the Gaussian's state perfect, and one that starts from the cut's nothing."""
     fine, coarse, u, dt = _pairs("spectral")
     transfer = np.exp(-sum(k**2 for k in COARSE.wavenumbers()) * COARSE.spacing[0] ** 2 / 6)
 
@@ -328,7 +320,6 @@ def test_a_source_from_another_filter_is_not_perfect():
         sharp = coarse.restrict(q, fine.grid, fine.variables)
         return jnp.fft.irfftn(jnp.asarray(transfer)[None] * jnp.fft.rfftn(sharp, axes=(1, 2)), s=COARSE.shape, axes=(1, 2))
 
-    own = perfect_run(fine, coarse, ForwardEuler(), dt, jnp.asarray(u), 10)
     other = perfect_run(fine, coarse, ForwardEuler(), dt, jnp.asarray(u), 10, smooth)
     assert other.gap.max() <= 1e-12
 
@@ -339,11 +330,13 @@ def test_a_source_from_another_filter_is_not_perfect():
         stepper = ForwardEuler()
         coefficients = stepper.prepare(pair, dt, u.dtype)
         advance = lambda n, z: stepper(pair, coefficients, z, n * dt, jnp.asarray(dt), lambda _z, _t: None)  # noqa: E731
-        return pair.decode(jax.lax.fori_loop(0, 10, advance, z))
+        z = jax.lax.fori_loop(0, 10, advance, z)
+        return pair.decode(z), pair.filtered(z), coarse.restrict(fine.decode(z["fine"]), fine.grid, fine.variables)
 
-    found = mixed(jnp.asarray(u))
-    assert relative(found, own.filtered[-1]) > 1e-3
-    assert relative(found, other.filtered[-1]) > 1e-3
+    found, gaussian, cut = mixed(jnp.asarray(u))
+    assert relative(gaussian, other.filtered[-1]) <= 1e-12
+    assert relative(found, cut) > 1e-3
+    assert relative(found, gaussian) > 1e-3
 
 
 def test_a_mask_on_sources_leaves_something_out():

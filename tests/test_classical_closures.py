@@ -15,7 +15,9 @@ from hybridsim.corrections.eddy import filter_width
 from hybridsim.corrections.gradient_model import GradientModel
 from hybridsim.corrections.spectral_eddy import CUSP, ENSTROPHY, PLATEAU, STEEPNESS, SpectralEddyViscosity, shape
 from hybridsim.grid import Grid
+from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.kuramoto_sivashinsky import FiniteVolumeKS, KuramotoSivashinsky, SpectralKS
+from hybridsim.solvers.steppers import SSPRK3
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -270,6 +272,26 @@ def test_the_dynamic_constant_is_that_of_the_formula(grid):
     np.testing.assert_allclose(flux, -2 * exact * width**2 * size(strain) * strain, rtol=0, atol=1e-11 * np.abs(flux).max())
     # backwards the energy goes the other way: cut off
     assert float(_coefficient(DynamicSmagorinsky(), _view(solver, -u))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"), [("spectral", {"dealias": "two_thirds"}), ("finite_volume", {"convection": "central"})]
+)
+def test_in_turbulence_the_dynamic_constant_is_that_of_lilly(kind, options):
+    """c_s = 0.17 where −5/3 spectra reach the cut-off of a spectral solver (Lilly 1967), at three turnover times from random waves;
+    the spectral eddy viscosity, which knows of no c_s, takes as much energy in the same flow."""
+    solver = solver_of(kind, cube(24), 1e-4, **options)
+    u = random_flow(solver, 1, modes=3, dtype=np.float32)
+    energies = {}
+    for closure in (DynamicSmagorinsky(), SpectralEddyViscosity()):
+        final = rollout(Model(solver, SSPRK3(), 0.05, (closure,)), State(jnp.asarray(u)), 1, every=150).u[-1]
+        energies[type(closure)] = float(0.5 * (final**2).sum(axis=0).mean())
+        found = float(jnp.sqrt(_coefficient(DynamicSmagorinsky(), _view(solver, final))))
+        print(kind, type(closure).__name__, found, energies[type(closure)])
+        assert (0.15 < found < 0.19) if kind == "spectral" else (0.16 < found < 0.22)
+    assert abs(energies[SpectralEddyViscosity] / energies[DynamicSmagorinsky] - 1) < 0.15
+    assert energies[DynamicSmagorinsky] < 0.7 * float(0.5 * (u**2).sum(axis=0).mean())
 
 
 def test_a_dynamic_constant_vanishes_in_laminar_shear():
