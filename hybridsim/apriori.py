@@ -2,8 +2,8 @@
 
 Three questions of a fine state u and a coarse solver:
 
-- `subgrid_flux`, `subgrid_tendency`: what does the coarse solver lack? Under a filter of `hybridsim.statistics`, at the coarse
-  solver's own flux points; or under its own restriction R, discretisation error included.
+- `subgrid_flux` and `subgrid_force`, `subgrid_tendency`: what does the coarse solver lack? Under a filter of
+  `hybridsim.statistics`, at the coarse solver's own flux points; or under its own restriction R, discretisation error included.
 - `score`: how well does a closure know it, on the filtered state under a `View` of its own? Correlations, errors and the energy
   that goes to and fro, with standard errors over samples.
 - `perfect_run`: if it knew it exactly, would the coarse run be the filtered fine run? It is, to rounding, and a solver for which
@@ -157,6 +157,35 @@ def subgrid_flux(
         return 0.5 * flux if d == 1 else flux
 
     return _per_frame(one, _float64(frames), d + 1)
+
+
+def subgrid_force(
+    frames: ArrayLike,
+    fine: AbstractSolver,
+    coarse: AbstractSolver,
+    kind: Kind = "gaussian",
+    width: Width | None = None,
+    *,
+    oversampling: int = 2,
+) -> np.ndarray:
+    """−P ∇·F of `subgrid_flux`: `(…, c, *fine)` -> `(…, c, *grid)`, by the coarse solver's own divergence and projection.
+
+    What a Flux closure that is exact adds to ∂t ū; arguments as in `subgrid_flux`. A mask that the solver puts on what it receives
+    (`dealias`) acts here too.
+    """
+    fluxes = subgrid_flux(frames, fine, coarse, kind, width, oversampling=oversampling)
+    states = filtered_state(frames, fine, coarse, kind, width)
+    dtype = jnp.result_type(float)
+
+    @eqx.filter_jit
+    def force(u: Array, flux: Array) -> Array:
+        ready = coarse.prepare(dtype)
+        return _given(ready, ready.encode(u), jnp.zeros((), dtype), flux, None)
+
+    d = fine.grid.ndim
+    each = states.reshape(-1, *states.shape[-d - 1 :]), fluxes.reshape(-1, *fluxes.shape[-d - 2 :])
+    found = [np.asarray(force(jnp.asarray(u, dtype), jnp.asarray(flux, dtype)), np.float64) for u, flux in zip(*each, strict=True)]
+    return np.stack(found).reshape(states.shape)
 
 
 def _rate(solver: AbstractSolver, z: PyTree, t: Real) -> Float[Array, "c *grid"]:
