@@ -314,18 +314,18 @@ def test_a_turning_box_has_no_dynamic_viscosity():
         assert found.max() > 0
 
 
-def test_a_dynamic_viscosity_between_walls():
-    """Finite, dissipative, blind to what is stored where a wall is, and the same as in a periodic box far from it."""
+def test_classical_closures_between_walls():
+    """Finite and blind to what is stored where a wall is; a dynamic one dissipative, and as in a periodic box far from the wall."""
     walls = Grid((12, 16), (TWO_PI, TWO_PI), ("periodic", "no_slip"))
     solver, open_ = solver_of("finite_volume", walls), solver_of("finite_volume", Grid((12, 16), (TWO_PI, TWO_PI)))
     u = random_flow(open_, 4)
     dead = u.copy()
     dead[1, :, -1] = 1e6
     closure = DynamicSmagorinsky(average="local")
-    here, there = (np.asarray(_rates(solver, (closure,), jnp.asarray(q)))[0] for q in (u, dead))
+    here, there = (np.asarray(_rates(solver, (closure, GRADIENTS["gradient, 4"]), jnp.asarray(q))) for q in (u, dead))
     np.testing.assert_array_equal(here, there)
     assert np.isfinite(here).all()
-    assert (here * np.asarray(jax.jit(lambda q: solver.project(q))(jnp.asarray(u)))).sum() < 0
+    assert (here[0] * np.asarray(jax.jit(lambda q: solver.project(q))(jnp.asarray(u)))).sum() < 0
     free = np.asarray(_coefficient(closure, _view(open_, u)))
     bound = np.asarray(_coefficient(closure, _view(solver, u)))
     np.testing.assert_allclose(bound[:, 5:-5], free[:, 5:-5], rtol=1e-10)
