@@ -149,8 +149,8 @@ class LearnedFlux(Flux):
     - `density_scale`, `temperature_scale`: ρ₀, T₀, typical values in a gas; T is p/ρ.
     - `mass_flux`: whether J of a gas is learned, or zero as in filtered equations with Favre's mean velocities.
 
-    Sums of every channel are conserved to rounding for any weights, the total energy of a gas among them. Nothing bounds the
-    kinetic energy that it may add.
+    Sums of every channel are conserved to rounding for any weights, the total energy of a gas among them. What bounds the kinetic
+    energy that it may add is a `structure` around it.
     """
 
     network: CNN

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hybridsim.grid import Grid, Place
@@ -74,6 +75,10 @@ class View(eqx.Module):
     def gradient(self) -> Float[Array, "axis c *grid"]:
         """∂_a u_c at the flux point of channel c along axis a."""
         return self.solver.gradient(self.u)
+
+    def adjoint_gradient(self) -> Float[Array, "axis c *grid"]:
+        """H with Σ H F = Σ u · (∂t u due to F) for every flux F: what the energy ½Σu² gains per unit time, as F sees it."""
+        return self.solver.adjoint_gradient(self.u)
 
     def derivative(self, array: Float[Array, "*grid"], at: Place, axis: int) -> tuple[Float[Array, "*grid"], Place]:
         """∂_axis of an array that lives at `at`, by the solver's own operator, and the place where the result lives."""
@@ -274,6 +279,28 @@ class AbstractSolver(eqx.Module):
     @abc.abstractmethod
     def gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "axis c *grid"]:
         """∂_a u_c at the flux points, by the operators that the scheme itself uses."""
+
+    def adjoint_gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "axis c *grid"]:
+        """Rᵀu, where R F is the ∂t u that a flux F makes, with masks, sides and constraints: Σ (Rᵀu) F = Σ u · R F.
+
+        Solvers give it in closed form: ∇u at the flux points but for masks and sides, for u on the constraints. Here, for all
+        others, it is the reverse mode of the steps `receive`, `constrain` and `decode`.
+        """
+        rest = self.encode(jnp.zeros_like(u))
+
+        def rate(flux: Array) -> Array:
+            return self.decode(self.constrain({**rest, **self.receive(flux, None)}))
+
+        _, pull = jax.vjp(rate, jnp.zeros((self.grid.ndim, *u.shape), u.dtype))
+        return pull(u)[0]
+
+    @property
+    def flux_response(self) -> float:
+        """Λ ≥ max ‖R F‖²/‖F‖², with R of `adjoint_gradient`: Σ_a (π/Δx_a)², what spectra reach, where a solver knows no less.
+
+        Solvers whose differences are steeper than the derivative itself must say so.
+        """
+        return sum((np.pi / h) ** 2 for h in self.grid.spacing)
 
     @abc.abstractmethod
     def derivative(self, array: Float[Array, "*grid"], at: Place, axis: int) -> tuple[Float[Array, "*grid"], Place]:

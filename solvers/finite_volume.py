@@ -268,6 +268,24 @@ class StaggeredFiniteVolume(AbstractSolver):
         dims = range(self.grid.ndim)
         return jnp.stack([jnp.stack([self._difference(q, a, c) for c, q in enumerate(u)]) for a in dims])
 
+    def adjoint_gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "d c *grid"]:
+        """The gradient; zero on walls and open sides, and of the flow less the potential flow through `fixed` sides.
+
+        A projection is orthogonal (a face at outflow counts half, but no flux pushes it), so that R F needs none.
+        """
+        if all(self.grid.periodic):
+            return self.gradient(u)
+        if any("fixed" in sides for sides in self.grid.boundaries):
+            # No flux changes what the sides prescribe, nor does work on it.
+            u = u - self.project(jnp.zeros_like(u))
+        flux = jax.ShapeDtypeStruct((self.grid.ndim, *u.shape), u.dtype)
+        return jax.linear_transpose(lambda f: -self.flux_divergence(f), flux)(u)[0]
+
+    @property
+    def flux_response(self) -> float:
+        """Σ_a 4/Δx_a²: the largest eigenvalue of −δ·δ, sides only lower it."""
+        return sum(4 / h**2 for h in self.grid.spacing)
+
     def flux_divergence(self, flux: Float[Array, "d c *grid"]) -> Float[Array, "c *grid"]:
         """Σ_a δ_a F[a, c] where channel c lives, for fluxes that vanish on walls and open sides."""
         out = []

@@ -18,6 +18,7 @@ from hybridsim.solvers import staggering
 from hybridsim.solvers.compressible import AXES, SIDES, CompressibleNavierStokes, is_zero
 from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, null_space
 from hybridsim.solvers.riemann import RIEMANN_SOLVERS
+from hybridsim.solvers.staggering import part
 from hybridsim.solvers.sweep import Sweep
 
 EVENTS = ("floor_events", "floor_mass", "floor_energy", "limited_faces", "bound_violations")
@@ -162,6 +163,20 @@ class CompressibleFiniteVolume(AbstractSolver):
         """Differences of neighbours at the right faces; a face on a side takes the difference of its inner neighbour."""
         axes = range(self.grid.ndim)
         return jnp.stack([jnp.stack([self.derivative(q, self.grid.centre, a)[0] for q in u]) for a in axes])
+
+    def adjoint_gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "d c *grid"]:
+        """Differences of neighbours at the right faces, of any channels; zero on sides, through which no closure's flux passes."""
+        rows = []
+        for a, h in enumerate(self.grid.spacing):
+            n = self.grid.shape[a]
+            first = part(u, 0, 1, a + 1) if self.grid.periodic[a] else part(u, n - 1, n, a + 1)
+            rows.append((jnp.concatenate([part(u, 1, n, a + 1), first], a + 1) - u) / h)
+        return jnp.stack(rows)
+
+    @property
+    def flux_response(self) -> float:
+        """Σ_a 4/Δx_a²."""
+        return sum(4 / h**2 for h in self.grid.spacing)
 
     def derivative(self, array, at, axis):
         return staggering.derivative(self.grid, array, at, axis)

@@ -105,6 +105,13 @@ class AbstractHosted(AbstractSolver):
     def gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "axis c *grid"]:
         return self.own.gradient(u)
 
+    def adjoint_gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "axis c *grid"]:
+        return self.own.adjoint_gradient(u)
+
+    @property
+    def flux_response(self) -> float:
+        return self.own.flux_response
+
     def derivative(self, array, at, axis):
         return self.own.derivative(array, at, axis)
 

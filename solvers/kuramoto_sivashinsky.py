@@ -185,6 +185,15 @@ class _Line(AbstractSolver):
     def gradient(self, u: Float[Array, "1 n"]) -> Float[Array, "1 1 n"]:
         return self.derivative(u[0], self.grid.centre, 0)[0][None, None]
 
+    def adjoint_gradient(self, u: Float[Array, "1 n"]) -> Float[Array, "1 1 n"]:
+        """The symbol of −∂x, mask included, made into its adjoint."""
+        return self._values(jnp.conj(self._arrays(u.dtype)["divergence"]) * real_transform(u[0]))[None, None]
+
+    @property
+    def flux_response(self) -> float:
+        """max |d(k)|², d the symbol of −∂x, mask included."""
+        return float(np.max(np.abs(self._constants()["divergence"]) ** 2))
+
     # -- right-hand side --------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -89,6 +89,7 @@ class _Spectral(AbstractSolver):
 
     grid: eqx.AbstractVar[Grid]
     equation: eqx.AbstractVar[NavierStokes]
+    dealias: eqx.AbstractVar[Dealiasing]
     arrays: eqx.AbstractVar[dict[str, Array] | None]
 
     places: ClassVar = (Flux, Source, PostStep, Replacement)
@@ -172,6 +173,18 @@ class _Spectral(AbstractSolver):
     def gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "axis c *grid"]:
         hat = self._forward(u)
         return self._inverse(jnp.stack([1j * k[None] * hat for k in self._k(self._arrays(u.dtype))]))
+
+    def adjoint_gradient(self, u: Float[Array, "c *grid"]) -> Float[Array, "axis c *grid"]:
+        """∂_a P u_c: the mask of the tendencies is its own adjoint, and so is the projection, which leaves u as it is."""
+        arrays = self._arrays(u.dtype)
+        hat = arrays["mask"][None] * self._forward(u)
+        return self._inverse(jnp.stack([1j * k[None] * hat for k in self._k(arrays)]))
+
+    @property
+    def flux_response(self) -> float:
+        """max P(k)² k²."""
+        mask = dealiasing_mask(self.grid, self.dealias)
+        return float(np.max(mask**2 * sum(k**2 for k in self.grid.wavenumbers())))
 
     def derivative(self, array, at, axis):
         k = self._k(self._arrays(array.dtype))[axis]
