@@ -21,3 +21,6 @@ CLOSURES: dict[str, str] = {
     "spectral_eddy_viscosity": "hybridsim.corrections.spectral_eddy:SpectralEddyViscosity",
 }
 """`corrections[].use`: the closures."""
+
+STRUCTURE = "hybridsim.corrections.structure:Structured"
+"""`corrections[].structure`: what is put around a Flux closure to keep it dissipative."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
-from hybridsim.sections import Correction, Flag, Number, Reference, Run, Spec, Train, Use, argument_names, explain
+from hybridsim.sections import Correction, Flag, Number, Reference, Run, Spec, Structure, Train, Use, argument_names, explain
 from hybridsim.yaml_reader import (
     MOST_BYTES,
     ConfigError,
@@ -500,6 +500,7 @@ class Experiment:
         self.files: dict[str, str] = {}
         self.origins: dict[str, Origin] = {}
         self._parts: dict[KeyPath, Part] = {}
+        self._structures: dict[KeyPath, Structure] = {}
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}", self.name):
             raise ConfigError(f"name: {show_value(self.name)} cannot name a folder; give the experiment a plain `name:`")
         self._check_sections()
@@ -731,10 +732,28 @@ class Experiment:
 
     def _closure_part(self, correction: Correction, path: KeyPath) -> Part:
         table = importlib.import_module("hybridsim.corrections").CLOSURES
-        defaults: dict[str, Any] = {}
-        if correction.weights is not None:
-            defaults = self._header(correction, path).get("arguments", {})
-        return self._part(correction, "closure", table, path, FROM_RUN, defaults)
+        header: dict[str, Any] = {} if correction.weights is None else self._header(correction, path)
+        if (structure := self._structure(correction, header, (*path, "structure"))) is not None:
+            self._structures[path] = structure
+        return self._part(correction, "closure", table, path, FROM_RUN, header.get("arguments", {}))
+
+    def _structure(self, correction: Correction, header: Mapping[str, Any], path: KeyPath) -> Structure | None:
+        """What keeps a closure dissipative: as YAML says, or as its weights were trained."""
+        given, trained = correction.structure, header.get("structure")
+        if isinstance(given, str):
+            given = Structure(form=given)
+        if trained is None:
+            return given
+        try:
+            known = Structure.model_validate(trained)
+        except ValidationError as error:
+            raise ConfigError(explain(error, Structure, trained, path)) from None
+        if given not in (None, known):
+            raise ConfigError(
+                f"{key_path(path)}: found {show_value(given.model_dump())}, but the weights {correction.weights} were trained with "
+                f"{show_value(known.model_dump())}; remove the key or choose other weights"
+            )
+        return known
 
     # -- weights ------------------------------------------------------------------------------------------------------------------
 
@@ -834,7 +853,7 @@ class Experiment:
         import jax
 
         from hybridsim.contract import with_constants
-        from hybridsim.storage import StorageError, load_weights, read_header
+        from hybridsim.storage import StorageError, load_weights
 
         solver = self.solver(label) if solver is None else solver
         spec, closures = self.spec_of(label), []
@@ -847,24 +866,38 @@ class Experiment:
                 made = self._parts[at].build(**given, free_weights=solver.free_weights())
                 return jax.tree.map(lambda a: a.astype(spec.precision) if eqx.is_inexact_array(a) else a, made)
 
+            def within_structure(made: Any, at: KeyPath = at) -> Any:
+                return made if at not in self._structures else self._structured(made, at)
+
             if weights and correction.weights is not None:
+                # A structure may be put around weights that were trained without one.
+                header = self._header(correction, at)
+                trained = "structure" in header
                 try:
-                    file = self.weights_file(correction, at)
-                    tuned = bool(read_header(file).get("constants"))
-                    made = blank(build)
-                    closures.append(load_weights(file, with_constants(made, spec.precision) if tuned else made))
+                    like = with_constants(blank(build), spec.precision) if header.get("constants") else blank(build)
+                    loaded = load_weights(self.weights_file(correction, at), within_structure(like) if trained else like)
                 except StorageError as error:
                     raise ConfigError(f"{key_path((*at, 'weights'))}: {first_line(error)}") from error
+                closures.append(loaded if trained else within_structure(loaded))
             else:
                 made = build() if random else blank(build)
-                closures.append(with_constants(made, spec.precision) if constants else made)
+                closures.append(within_structure(with_constants(made, spec.precision) if constants else made))
         return tuple(closures)
+
+    def _structured(self, closure: "AbstractClosure", path: KeyPath) -> "AbstractClosure":
+        """The closure within its structure."""
+        structured = load_class(importlib.import_module("hybridsim.corrections").STRUCTURE)
+        try:
+            return structured(closure, **self._structures[path].model_dump())
+        except ValueError as error:
+            raise ConfigError(prefixed(path, error)) from error
 
     def weights_header(self, label: str, index: int = 0) -> dict[str, Any]:
         """What a weights file must say of the closure it belongs to, so that `weights:` alone is enough in YAML."""
         at = (*self._path(label), "corrections", index)
         resolved = self._parts[at].resolved
-        return {"closure": resolved.pop("use"), "arguments": resolved}
+        header = {"closure": resolved.pop("use"), "arguments": resolved}
+        return header if at not in self._structures else {**header, "structure": self._structures[at].model_dump()}
 
     def model_for(self, label: str, *, dt: float | None = None, closures: "Sequence[AbstractClosure] | None" = None) -> "Model":
         """The model of a run (or of the reference): solver, stepper, closures, and the dt that lands on the frames.
@@ -994,6 +1027,11 @@ class Experiment:
                         "evaluate": c.evaluate,
                         "seed": c.seed,
                         **({} if c.weights is None else {"weights": c.weights}),
+                        **(
+                            {}
+                            if (*at, "corrections", i) not in self._structures
+                            else {"structure": self._structures[*at, "corrections", i].model_dump()}
+                        ),
                     }
                     for i, c in enumerate(spec.corrections)
                 ]

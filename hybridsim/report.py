@@ -280,6 +280,8 @@ def _named(part: Any) -> str:
     how = ("use", "evaluate", "seed")
     extra = [f"{k} {v}" for k, v in part.items() if k not in how and isinstance(v, str | int | float)]
     extra = [str(part["weights"])] if part.get("weights") else extra
+    if isinstance(structure := part.get("structure"), Mapping):
+        extra.append(f"{structure['form']} structure")
     name = str(part.get("use", "")).rpartition(":")[2].replace("_", " ")
     return f"{name} ({', '.join(extra)})" if extra else name
 

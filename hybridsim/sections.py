@@ -65,6 +65,18 @@ class Use(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Structure(Section):
+    """How a flux is kept dissipative, whatever its weights."""
+
+    says: ClassVar[str] = "structure"
+    form: Literal["pointwise", "average"] = Field(
+        default="pointwise", description="where it may not add energy: at every point, or on average over the box"
+    )
+    c: Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.5, description="share of the diffusive limit that its coefficient may reach"
+    )
+
+
 class Correction(Use):
     """One closure of a run."""
 
@@ -73,6 +85,9 @@ class Correction(Use):
     )
     weights: Text | None = Field(default=None, description="trained weights: a shipped name, or a path relative to the YAML")
     seed: Whole = Field(default=0, description="seeds the untrained weights of the closure")
+    structure: Literal["pointwise", "average"] | Structure | None = Field(
+        default=None, description="keeps a Flux closure from adding energy in a step: pointwise, average, or a mapping"
+    )
 
 
 class Domain(Section):

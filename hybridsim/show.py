@@ -30,7 +30,7 @@ from hybridsim.config import (
     solver_tables,
     suggestion,
 )
-from hybridsim.contract import Place, place_of
+from hybridsim.contract import AbstractClosure, Place, place_of
 from hybridsim.model import Model
 from hybridsim.train import parameters
 
@@ -179,6 +179,9 @@ def _run_tree(tree: "Tree", experiment: Experiment, label: str, lines: dict[KeyP
         step.add("no closures")
     for i, closure in enumerate(model.closures):
         child = _add(step, type(closure).__name__, closure, type(closure).__call__)
+        inner = getattr(closure, "closure", None)
+        if isinstance(inner, AbstractClosure):
+            _add(child, type(inner).__name__, inner, type(inner).__call__)
         when = model.evaluate[i]
         held = {"stage": "at every stage", 1: "at every step"}.get(when, f"every {when} steps")
         child.add(f"place {place_of(closure).__name__}, evaluated {held}")

@@ -300,7 +300,7 @@ def test_schema_is_json(folder: Path):
 
 
 def test_show_names_every_formula_with_file_and_line(folder: Path):
-    result = invoke("show", "case.yaml", "--no-timing")
+    result = invoke("show", "case.yaml", "--no-timing", "runs.smagorinsky.corrections[0].structure=pointwise")
     assert result.exit_code == 0
     out = result.stdout
     for piece in (
@@ -310,6 +310,7 @@ def test_show_names_every_formula_with_file_and_line(folder: Path):
         "Δt = 0.0125 (0.014 shortened to land on the frames)",
         "place Flux, evaluated at every step",
         "cs = 0.17",
+        "form = pointwise, c = 0.5",
         "memory about",
         "Δt = 0.4 of the stable one",
     ):

@@ -310,6 +310,41 @@ def test_weights_bring_the_arguments_of_their_closure(folder: Path, monkeypatch)
     assert refusal(folder, lean).startswith(f"{at}.weights: ")
 
 
+def test_a_structure_goes_around_a_closure_and_travels_with_its_weights(folder: Path):
+    from hybridsim.corrections.structure import Structured
+    from hybridsim.storage import save_weights
+
+    at = "runs.mine.corrections[0]"
+    inside = {"form": "average", "c": 0.25}
+    made = load_experiment(folder / "case.yaml", [f"{at}.structure={{form: average, c: 0.25}}", f"{at}.seed=5"])
+    closure, header = made.closures_for("mine")[0], made.weights_header("mine")
+    assert isinstance(closure, Structured)
+    assert place_of(closure) is Flux
+    assert (closure.form, closure.c, type(closure.closure).__name__) == ("average", 0.25, "Mine")
+    assert header == {"closure": "my_closure.py:Mine", "arguments": {"width": 8, "scale": 0.01}, "structure": inside}
+    assert made.resolved["runs"]["mine"]["corrections"][0]["structure"] == inside
+    assert made.config_hash != load_experiment(folder / "case.yaml", [f"{at}.seed=5"]).config_hash
+    # weights that were trained within a structure bring it along
+    save_weights(folder / "trained.safetensors", closure, header)
+    lean = "runs.mine.corrections=[{use: my_closure.py:Mine, weights: trained.safetensors}]"
+    case = load_experiment(folder / "case.yaml", [lean])
+    loaded = case.closures_for("mine")[0]
+    assert case.resolved["runs"]["mine"]["corrections"][0]["structure"] == inside
+    assert (loaded.form, loaded.c) == ("average", 0.25)
+    np.testing.assert_array_equal(loaded.closure.weight, closure.closure.weight)
+    assert refusal(folder, lean, f"{at}.structure=pointwise") == (
+        f"{at}.structure: found {{form: 'pointwise', c: 0.5}}, but the weights trained.safetensors were trained with "
+        "{form: 'average', c: 0.25}; remove the key or choose other weights"
+    )
+    # around others one may be put afterwards
+    plain = load_experiment(folder / "case.yaml", [f"{at}.seed=6"])
+    save_weights(folder / "trained.safetensors", plain.closures_for("mine")[0], plain.weights_header("mine"))
+    loaded = load_experiment(folder / "case.yaml", [lean, f"{at}.structure=pointwise"]).closures_for("mine")[0]
+    assert (loaded.form, loaded.c) == ("pointwise", 0.5)
+    np.testing.assert_array_equal(loaded.closure.weight, plain.closures_for("mine")[0].weight)
+    assert type(load_experiment(folder / "case.yaml", [lean]).closures_for("mine")[0]).__name__ == "Mine"
+
+
 def test_the_schema_knows_every_key_and_every_short_name():
     schema = config.json_schema()
     text = json.dumps(schema)
@@ -526,6 +561,20 @@ SENTENCES = [
     (
         "runs.mine.corrections=[{use: my_closure.py:After, evaluate: stage}]",
         "runs.mine.corrections[0].evaluate: a PostStep closure acts after steps, not stages",
+    ),
+    (
+        "runs.mine.corrections=[{use: my_closure.py:After, structure: average}]",
+        "runs.mine.corrections[0].structure: After is a PostStep closure, and only Flux closures can have one",
+    ),
+    (
+        "runs.mine.corrections[0].structure=pontwise",
+        "runs.mine.corrections[0].structure: needs one of 'pointwise' or 'average' or a mapping (key: value), "
+        "found 'pontwise'; did you mean 'pointwise'?",
+    ),
+    ("runs.mine.corrections[0].structure={c: 2}", "runs.mine.corrections[0].structure.c: needs a number ≤ 1, found 2"),
+    (
+        "runs.mine.corrections[0].structure={k: 1}",
+        "runs.mine.corrections[0].structure.k: structure takes no 'k'; it takes: c and form",
     ),
     (
         "runs.mine.corrections=[{use: my_closure.py:Mine, key: 3}]",

@@ -325,6 +325,8 @@ def test_best_values_are_bold_and_diverged_runs_are_not(folder):
     assert not rows["learned_64"]["bare"]
     assert rows["smagorinsky_64"]["closure"] == "smagorinsky (cs 0.17)"
     assert rows["learned_64"]["closure"] == "Flux (width 8)"
+    within = {"use": "learned_flux", "width": 8, "weights": "trained", "structure": {"form": "average", "c": 0.5}}
+    assert report._named(within) == "learned flux (trained, average structure)"
 
 
 def test_missing_parts_leave_their_figures_out(tmp_path):

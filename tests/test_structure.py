@@ -57,7 +57,7 @@ FAMILIES = {
     "cavity": lambda: solver_of("finite_volume", between("no_slip", "free_slip")),
     "channel": through,
     "hosted": lambda: JaxCFDFiniteVolume(Grid((8, 8), (TWO_PI, TWO_PI)), NavierStokes(1e-3)),
-    "hosted spectral": lambda: JaxCFDSpectral(Grid((8, 8), (TWO_PI, TWO_PI)), NavierStokes(0.0)),
+    "hosted spectral": lambda: JaxCFDSpectral(Grid((8, 8), (TWO_PI, TWO_PI)), NavierStokes(0.0), "backward_forward_euler"),
 }
 PERIODIC = [name for name in FAMILIES if name not in ("walls", "cavity", "channel")]
 
