@@ -121,11 +121,6 @@ class Structured(Flux):
     def stochastic(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.closure.stochastic
 
-    @property
-    def constants(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the closure, as paths from here: `closure.cs`."""
-        return tuple(f"closure.{name}" for name in self.closure.constants)
-
     def init_memory(self, view: View) -> PyTree | None:
         return self.closure.init_memory(view)
 
