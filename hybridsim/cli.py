@@ -1,4 +1,4 @@
-"""The commands: run, train, show, check, list, peers, schema.
+"""The commands: run, train, show, check, new, list, peers, schema.
 
 Exit codes: 0 done and all checks passed · 1 a check failed · 2 bad input, before any compilation · 3 a run without `may_diverge`
 diverged · 130 and 143 interrupted, state saved.
@@ -181,6 +181,10 @@ def check(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Arguments of the closure, or overrides of the experiment.")
     ] = None,
+    solver: Annotated[
+        str | None, typer.Option("--solver", metavar="WORDS", help="Only solvers with these words, like 'navier_stokes 2D'.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Each solver in the fewest dimensions only.")] = False,
 ) -> None:
     """Check a closure (conservation, gradients, finiteness, ...) in every solver, or an experiment's YAML."""
 
@@ -191,10 +195,41 @@ def check(
         if ":" in target or (target in catalogue("closures") and not Path(target).is_file()):
             from hybridsim.check import check_closure
 
-            return check_closure(target, arguments or [], _console())
+            return check_closure(target, arguments or [], _console(), solver, quick)
+        if solver is not None or quick:
+            from hybridsim.yaml_reader import ConfigError
+
+            raise ConfigError(f"{'--quick' if solver is None else '--solver'}: {target} is an experiment, and this is for closures")
         loaded = _load(target, arguments)
         runs = f"{len(loaded.labels)} run{'s' if len(loaded.labels) > 1 else ''}"
         typer.echo(f"{loaded.name}: valid; {runs}: {', '.join(loaded.labels)}; config hash {loaded.config_hash[:12]}")
+        return 0
+
+    _leave(action)
+
+
+new = typer.Typer(no_args_is_help=True)
+app.add_typer(new, name="new", help="Write files to start from.")
+
+
+@new.callback()
+def _new() -> None:
+    """Write files to start from."""
+
+
+@new.command("closure")
+def new_closure(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="my_closure or MyClosure.")],
+    place: Annotated[str, typer.Option("--place", help="flux, source, interpolation, post_step or replacement.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files are written.")] = Path(),
+) -> None:
+    """Write a closure of your own: a small network at a place, an experiment that trains it, and a test."""
+
+    def action() -> int:
+        from hybridsim.starting import write_closure
+
+        for line in write_closure(name, place, out):
+            typer.echo(line)
         return 0
 
     _leave(action)

@@ -7,6 +7,7 @@ is compiled before all is known to fit. No code stands in strings; a `use: file.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -201,6 +202,12 @@ class Part:
             raise ConfigError(prefixed(self.path, error, {"grid": (*self.path[:-1], "shape")})) from error
         except ConfigError:
             raise
+        except dataclasses.FrozenInstanceError as error:
+            name = first_line(error).split("'")[1:2]
+            raise ConfigError(
+                f"{key_path(self.path)}: {self.cls.__name__} cannot be built: {first_line(error)}; declare "
+                f"{name[0] + ': Array' if name else 'it'} in the body of the class"
+            ) from error
         except Exception as error:
             raise ConfigError(
                 f"{key_path(self.path)}: {self.cls.__name__} cannot be built: {first_line(error)}{_raised_at(error)}"
@@ -322,7 +329,7 @@ def load_file(path: Path, where: str = "") -> tuple[types.ModuleType, str]:
     return module, digest
 
 
-def _class_in(module: types.ModuleType, name: str, where: str, what: str) -> type:
+def _class_in(module: types.ModuleType, name: str, where: str, what: str, kind: str = "") -> type:
     import equinox as eqx
 
     found = getattr(module, name, None)
@@ -331,7 +338,8 @@ def _class_in(module: types.ModuleType, name: str, where: str, what: str) -> typ
     ]
     if found is None:
         raise ConfigError(f"{where}: {what} has no class {name!r}; {suggestion(name, classes, 'it has')}")
-    if not isinstance(found, type) or not issubclass(found, eqx.Module):
+    # what a class of a kind with a base of its own lacks is said by `check_kind`
+    if not isinstance(found, type) or not (kind in _bases() or issubclass(found, eqx.Module)):
         raise ConfigError(f"{where}: {name!r} in {what} is not an equinox Module; {suggestion(name, classes, 'its modules')}")
     return found
 
@@ -361,7 +369,7 @@ def find_class(use: str, table: Mapping[str, str], kind: str, where: str, folder
         if module_name.endswith(".py"):
             file = find_file(module_name, folders, where, "file")
             module, digest = load_file(file, where)
-            origin = Origin(_class_in(module, name, where, file.name), file, digest)
+            origin = Origin(_class_in(module, name, where, file.name, kind), file, digest)
         else:
             if not all(part.isidentifier() for part in module_name.split(".")):
                 raise ConfigError(f"{where}: found {show_value(use)}; write file.py:Class or package.module:Class")
@@ -369,26 +377,30 @@ def find_class(use: str, table: Mapping[str, str], kind: str, where: str, folder
                 module = importlib.import_module(module_name)
             except ImportError as error:
                 raise ConfigError(f"{where}: the module {module_name!r} cannot be imported: {first_line(error)}") from None
-            origin = Origin(_class_in(module, name, where, module_name))
-    base = _bases().get(kind)
-    if base is not None and not issubclass(origin.cls, base):
-        raise ConfigError(f"{where}: {origin.cls.__name__} is no {kind}; a {kind} derives from {base.__name__}")
-    others = [name for name, other in _bases().items() if name != kind and issubclass(origin.cls, other)]
-    if others:
-        raise ConfigError(f"{where}: {origin.cls.__name__} is a {others[0]}, not {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
-    if inspect.isabstract(origin.cls):
-        missing = one_of(sorted(origin.cls.__abstractmethods__))
-        raise ConfigError(f"{where}: {origin.cls.__name__} is abstract; it does not define {missing}")
-    if kind == "closure":
-        from hybridsim.contract import PLACES
-
-        places = [p.__name__ for p in PLACES if issubclass(origin.cls, p)]
-        if len(places) != 1:
-            raise ConfigError(
-                f"{where}: {origin.cls.__name__} must derive from exactly one place ({', '.join(p.__name__ for p in PLACES)}), "
-                f"found {one_of(places)}"
-            )
+            origin = Origin(_class_in(module, name, where, module_name, kind))
+    check_kind(origin.cls, kind, where)
     return origin
+
+
+def check_kind(cls: type, kind: str, where: str) -> type:
+    """The class, if it is of that kind, and complete; `ConfigError` if not."""
+    from hybridsim.contract import PLACES
+
+    places = ", ".join(p.__name__ for p in PLACES)
+    base = _bases().get(kind)
+    if base is not None and not issubclass(cls, base):
+        origin = f"from one of {places}" if kind == "closure" else f"from {base.__name__}"
+        raise ConfigError(f"{where}: {cls.__name__} is no {kind}; a {kind} derives {origin}")
+    others = [name for name, other in _bases().items() if name != kind and issubclass(cls, other)]
+    if others:
+        raise ConfigError(f"{where}: {cls.__name__} is a {others[0]}, not {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
+    if inspect.isabstract(cls):
+        raise ConfigError(f"{where}: {cls.__name__} is abstract; it does not define {one_of(sorted(cls.__abstractmethods__))}")
+    if kind == "closure":
+        found = [p.__name__ for p in PLACES if issubclass(cls, p)]
+        if len(found) != 1:
+            raise ConfigError(f"{where}: {cls.__name__} must derive from exactly one place ({places}), found {one_of(found)}")
+    return cls
 
 
 def load_class(target: str) -> type:
@@ -1085,6 +1097,12 @@ def make_part(
         if name not in constructor.names:
             takes = suggestion(name, constructor.names, "it takes")
             raise ConfigError(f"{key_path((*path, name))}: {cls.__name__} takes no {name!r}; {takes}")
+    for field in constructor.model.model_fields.values():
+        name = str(field.alias)
+        if field.is_required() and name not in given and (match := nearest(name, supplied)):
+            raise ConfigError(
+                f"{key_path((*path, name))}: {cls.__name__} needs {name!r}; did you mean {match!r}, which the run supplies?"
+            )
     try:
         checked = constructor.model.model_validate(dict(given))
     except ValidationError as error:

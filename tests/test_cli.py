@@ -347,22 +347,25 @@ def test_check_says_that_an_experiment_is_valid(folder: Path):
     assert result.stdout.startswith("case: valid; 2 runs: bare, smagorinsky; config hash ")
 
 
-def test_check_passes_a_good_closure_in_both_solvers(folder: Path):
-    result = invoke("check", "mine.py:Good")
+@pytest.mark.parametrize("options", [["--solver", "navier_stokes 2D"], pytest.param([], marks=pytest.mark.slow)])
+def test_check_passes_a_good_closure_in_both_solvers(folder: Path, options: list[str]):
+    result = invoke("check", "mine.py:Good", *options)
     assert result.exit_code == 0, result.stdout
     found = lines_of(result)
+    assert len({solver for _, solver in found}) == (2 if options else 9)
     for solver in ("navier_stokes 2D finite_volume", "navier_stokes 2D spectral"):
         assert found["place", solver] == ("Flux", "pass")
         assert float(found["conservation, float64", solver][0]) <= 1e-14
         assert float(found["conservation, float32", solver][0]) <= 1e-7
         assert float(found["adjoint ⟨Jv,w⟩ = ⟨v,Jᵀw⟩", solver][0]) <= 1e-12
         assert float(found["gradient against differences", solver][0]) <= 1e-6
+        assert found["gradient against differences", solver][1] == "pass"
         assert float(found["translation", solver][0]) <= 1e-12
     assert "all checks passed" in result.stdout
 
 
 def test_check_finds_what_is_careless(folder: Path):
-    result = invoke("check", "mine.py:Careless")
+    result = invoke("check", "mine.py:Careless", "--solver", "navier_stokes 2D")
     assert result.exit_code == 1
     found = lines_of(result)
     for solver in ("navier_stokes 2D finite_volume", "navier_stokes 2D spectral"):
@@ -371,6 +374,10 @@ def test_check_finds_what_is_careless(folder: Path):
         assert found["finite, random flow", solver][1] == "pass"
         assert found["float32 stays float32", solver][1] == "FAIL"
         assert found["conservation, float64", solver][1] == "pass"
+    # the table ends with one sentence per violation, wherever it was found
+    said = [line for line in result.stdout.splitlines() if line.startswith("- ")]
+    assert [line.partition(":")[0] for line in said] == ["- finite", "- float32 stays float32"]
+    assert all(line.endswith("(navier_stokes 2D finite_volume and 1 more)") for line in said)
 
 
 def test_check_names_the_line_that_fails(folder: Path):
@@ -390,9 +397,9 @@ def test_check_reports_places_that_solvers_do_not_take_and_wrong_shapes(folder: 
     assert lines_of(result)["shape", "compressible 2D finite_volume"] == ("(4, 16, 12)", "FAIL")
 
 
-@pytest.mark.parametrize("arguments", [["mine.py:Push"], pytest.param(["mine.py:Nudge"], marks=pytest.mark.slow)])
-def test_check_only_reports_what_sources_do_to_the_sums(folder: Path, arguments: list[str]):
-    result = invoke("check", *arguments)
+@pytest.mark.parametrize("use", ["mine.py:Push", "mine.py:Nudge"])
+def test_check_only_reports_what_sources_do_to_the_sums(folder: Path, use: str):
+    result = invoke("check", use, "--solver", "spectral 2D")
     assert result.exit_code == 0, result.stdout
     found, verdict = lines_of(result)["conservation, float64", "navier_stokes 2D spectral"]
     assert verdict == "note"
@@ -400,11 +407,19 @@ def test_check_only_reports_what_sources_do_to_the_sums(folder: Path, arguments:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments", [pytest.param(["smagorinsky"], marks=pytest.mark.slow), ["leith", "c=0.3"], ["learned_flux", "width=4"]]
-)
-def test_check_passes_every_closure_of_the_catalogue(folder: Path, arguments: list[str]):
-    assert invoke("check", *arguments).exit_code == 0
+@pytest.mark.parametrize("use", config.catalogue("closures"))
+def test_check_passes_every_closure_of_the_catalogue(folder: Path, use: str):
+    result = invoke("check", use)
+    assert result.exit_code == 0, result.stdout
+
+
+def test_check_may_be_restricted(folder: Path):
+    result = invoke("check", "mine.py:Good", "--solver", "kuramoto_sivashinsky", "--quick")
+    assert result.exit_code == 0
+    assert {solver for _, solver in lines_of(result)} == {f"kuramoto_sivashinsky 1D {s}" for s in ("finite_volume", "spectral")}
+    # Faces fits nowhere, so no smaller box settles the matter
+    result = invoke("check", "mine.py:Faces", "--solver", "compressible", "--quick")
+    assert {solver for _, solver in lines_of(result)} == {f"compressible {d}D finite_volume" for d in (1, 2, 3)}
 
 
 @pytest.mark.parametrize(
@@ -415,6 +430,8 @@ def test_check_passes_every_closure_of_the_catalogue(folder: Path, arguments: li
         (["smagorinsky", "c=1"], "Smagorinsky.c: Smagorinsky takes no 'c'; did you mean 'cs'?"),
         (["smagorinsky", "cs=-1"], "Smagorinsky.cs: must be finite and not negative, found -1.0"),
         (["smagorinsky", "cs"], "cs: an argument of the closure is key=value, for example width=8"),
+        (["smagorinsky", "--solver", "spectrl"], "solver: no solver is called 'spectrl'; did you mean 'spectral'?"),
+        (["case.yaml", "--quick"], "--quick: case.yaml is an experiment, and this is for closures"),
     ],
 )
 def test_check_refuses_what_it_cannot_check(folder: Path, arguments: list[str], sentence: str):

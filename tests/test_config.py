@@ -552,7 +552,8 @@ SENTENCES = [
     ),
     (
         "runs.mine.corrections=[my_closure.py:NoClosure]",
-        "runs.mine.corrections[0]: NoClosure is no closure; a closure derives from AbstractClosure",
+        "runs.mine.corrections[0]: NoClosure is no closure; a closure derives from one of Flux, Source, Interpolation, PostStep, "
+        "Replacement",
     ),
     (
         "runs.mine.corrections=[my_closure.py:Table]",
