@@ -213,13 +213,13 @@ class _Case:
     def program(self) -> Any:
         return self.traced.lower().compile()
 
-    def derivatives(self, arrays: Any, u: Array, tangent: Any = None, cotangent: Array | None = None, seed: int = 3) -> Any:
+    def derivatives(self, arrays: Any, u: Any, tangent: Any = None, cotangent: Any = None, seed: int = 3) -> Any:
         """(m, J v, Jᵀ w) at these weights and this state; J v is None where there is no forward mode."""
         at = (arrays, u)
-        weight = jnp.ones(self.shape, self.dtype) if cotangent is None else cotangent
+        weight = np.ones(self.shape, self.dtype) if cotangent is None else cotangent
         return self.program(at, at if tangent is None else tangent, weight, jax.random.key(seed), self.constants)
 
-    def values(self, arrays: Any, u: Array, seed: int = 3) -> np.ndarray:
+    def values(self, arrays: Any, u: Any, seed: int = 3) -> np.ndarray:
         return np.asarray(self.derivatives(arrays, u, seed=seed)[0], np.float64)
 
     @property
@@ -289,7 +289,7 @@ def _inner(a: Any, b: Any) -> float:
 
 def _draw(tree: Any, seed: int) -> Any:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: np.asarray(rng.standard_normal(a.shape), a.dtype), tree)
 
 
 def _wide(jaxpr: Any) -> Iterator[tuple[Any, str]]:
@@ -385,7 +385,9 @@ def differences(case: _Case) -> dict[str, Comparison]:
     Without a forward mode ⟨v, Jᵀ d⟩ is compared with ⟨d, d⟩, d being the difference.
     """
     at = (case.arrays(0.3, 1), case.u)
-    drawn, nothing = _draw(at, 2), jax.tree.map(jnp.zeros_like, at)
+    # on the host: eager operations on arrays of many shapes would all be compiled
+    at = jax.tree.map(np.asarray, at)
+    drawn, nothing = _draw(at, 2), jax.tree.map(np.zeros_like, at)
     found = {}
     for name, tangent in (("state", (nothing[0], drawn[1])), ("weights", (drawn[0], nothing[1]))):
         if not jax.tree.leaves(tangent[0 if name == "weights" else 1]):
@@ -396,7 +398,7 @@ def differences(case: _Case) -> dict[str, Comparison]:
             return (plus - minus) / (2 * h)
 
         wide, narrow = central(DIFFERENCE), central(DIFFERENCE / 4)
-        forward, back = case.derivatives(*at, tangent, jnp.asarray(narrow))[1:]
+        forward, back = case.derivatives(*at, tangent, narrow)[1:]
         size = _norm(narrow) if forward is None else max(_norm(forward), _norm(narrow))
         if size == 0:
             found[name] = Comparison(0.0, 0.0, 0.0)
@@ -412,7 +414,7 @@ def translation(case: _Case) -> float:
     axes, cells = tuple(range(-case.solver.grid.ndim, 0)), tuple(range(2, 2 + case.solver.grid.ndim))
     arrays = case.arrays(0.3, 1)
     here = np.roll(case.values(arrays, u), cells, axes)
-    return _norm(here - case.values(arrays, jnp.roll(u, cells, axes))) / max(_norm(here), 1e-300)
+    return _norm(here - case.values(arrays, jnp.asarray(np.roll(np.asarray(u), cells, axes)))) / max(_norm(here), 1e-300)
 
 
 def repetition(case: _Case) -> float:
