@@ -190,7 +190,7 @@ class _Case:
         memory = closure.init_memory(view)
         return closure(view, memory, key if closure.stochastic else None), memory
 
-    def output(self, arrays: Any, u: Array, key: Array | None = None, constants: Any = None) -> Array:
+    def output(self, arrays: Any, u: Array, key: Array | None = None, constants: Any = None) -> Any:
         key = jax.random.key(3) if key is None else key
         out, memory = self.call(arrays, u, key, constants)
         return out if memory is None else out[0]
@@ -293,10 +293,14 @@ def _draw(tree: Any, seed: int) -> Any:
 
 
 def _wide(jaxpr: Any) -> Iterator[tuple[Any, str]]:
-    """(equation, what is wide in it) for every float64 and complex128 value anywhere in a jaxpr."""
+    """(equation, what is wide in it) for every float64 and complex128 value anywhere in a jaxpr.
+
+    A number of Python is no such value: it takes the dtype of what it meets.
+    """
     for eqn in jaxpr.eqns:
         for variable in (*eqn.invars, *eqn.outvars):
-            if getattr(variable.aval, "dtype", None) in (np.float64, np.complex128):
+            number = getattr(variable.aval, "weak_type", False) and not variable.aval.shape
+            if not number and getattr(variable.aval, "dtype", None) in (np.float64, np.complex128):
                 yield eqn, f"{eqn.primitive} {variable.aval.str_short()}"
         for parameter in eqn.params.values():
             for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
@@ -394,11 +398,12 @@ def differences(case: _Case) -> dict[str, Comparison]:
             continue
 
         def central(h: float, tangent: Any = tangent) -> np.ndarray:
-            plus, minus = (case.values(*jax.tree.map(lambda a, v, s=s: a + s * h * v, at, tangent)) for s in (1, -1))
+            moved = [jax.tree.map(lambda a, v, s=s: a + s * h * v, at, tangent) for s in (1, -1)]
+            plus, minus = (case.values(arrays, u) for arrays, u in moved)
             return (plus - minus) / (2 * h)
 
         wide, narrow = central(DIFFERENCE), central(DIFFERENCE / 4)
-        forward, back = case.derivatives(*at, tangent, narrow)[1:]
+        forward, back = case.derivatives(at[0], at[1], tangent, narrow)[1:]
         size = _norm(narrow) if forward is None else max(_norm(forward), _norm(narrow))
         if size == 0:
             found[name] = Comparison(0.0, 0.0, 0.0)
@@ -701,7 +706,7 @@ class _Checks:
         smooth = value <= MOST_DIFFERENCE
         limit = f"≤ {MOST_DIFFERENCE:.0e}" if smooth or wrong else "reported: not smooth here"
         sentence = (
-            f"the gradient of {self.name} with respect to the {which} differs by {value:.0%} from central differences: a custom "
+            f"the gradient of {self.name} with respect to the {which} differs by {value:.1%} from central differences: a custom "
             "derivative rule is wrong, or jax.lax.stop_gradient cuts off a part of it"
         )
         self.add("gradient against differences", value, limit, False if wrong else True if smooth else None, sentence)
