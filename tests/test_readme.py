@@ -1,20 +1,29 @@
-"""Every snippet of the README runs, in order, in one empty folder; the two set-up commands by `.ci/run` and a slow test."""
+"""Every snippet of the README and of the page on closures runs, in order, in one empty folder; the two set-up commands by `.ci/run`
+and a slow test."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from hybridsim import storage
+from hybridsim.cli import app
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SET_UP = "python3 -m venv"
 
 
-def snippets() -> list[tuple[str, str]]:
-    return FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
+
+
+def snippets(page: str = "README.md") -> list[tuple[str, str]]:
+    return FENCE.findall((ROOT / page).read_text(encoding="utf-8"))
 
 
 def test_every_snippet_is_of_a_kind_that_is_run():
@@ -29,7 +38,7 @@ def test_snippets_run(tmp_path, monkeypatch):
     assert command is not None, "install the package first"
     monkeypatch.chdir(tmp_path)
     for kind, text in snippets():
-        name = re.match(r"# (\S+\.(?:py|yaml))\n", text)
+        name = NAMED.match(text)
         if name is not None:
             Path(name[1]).write_text(text, encoding="utf-8")
         elif kind == "python":
@@ -42,6 +51,44 @@ def test_snippets_run(tmp_path, monkeypatch):
                 assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs/mine/report.html").stat().st_size > 10_000
     assert "Traceback" not in (tmp_path / "runs/mine/log.txt").read_text()
+
+
+def test_the_page_on_closures_runs(tmp_path, monkeypatch, x64):
+    """Its commands run in this process, where what one compiles serves the next; its Python in one of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
+    kinds = []
+    for kind, text in snippets("docs/your_closure.md"):
+        kinds.append(kind)
+        if name := NAMED.match(text):
+            Path(name[1]).write_text(text, encoding="utf-8")
+        elif kind == "python":
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == 0, done.stderr
+        else:
+            for program, *arguments in map(shlex.split, text.strip().splitlines()):
+                if program == "hybridsim":
+                    result = CliRunner().invoke(app, arguments)
+                    assert result.exit_code == 0, (arguments, result.output, result.exception)
+                else:
+                    assert program == "python"
+                    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+                    assert done.returncode == 0, done.stdout
+    assert kinds == ["python", "sh", "yaml", "sh", "sh", "python", "python", "sh"]
+    code = Path("subgrid.py").read_text().splitlines()
+    assert len([line for line in code if line.strip() and not line.startswith("#")]) <= 20
+    # trained for seconds, it is better than nothing; the swaps have taken place
+    runs = storage.read_json(Path("runs/subgrid/summary.json"))["runs"]
+    assert runs["subgrid"]["outcome"] == "finished"
+    assert runs["subgrid"]["t95"] > runs["bare"]["t95"]
+    swapped = storage.read_json(Path("runs/smagorinsky/summary.json"))["runs"]
+    assert swapped["subgrid"]["t95"] != runs["subgrid"]["t95"]
+
+
+def test_pages_that_the_readme_leads_to_exist():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), (page.name, target)
 
 
 def test_pictures_exist():
