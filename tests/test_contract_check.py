@@ -19,10 +19,10 @@ from hybridsim.corrections.eddy import Smagorinsky
 from hybridsim.starting import PLACES, names_of, write_closure
 from hybridsim.yaml_reader import ConfigError
 
-CHEAP = "kuramoto_sivashinsky spectral"
+CHEAP = "kuramoto_sivashinsky finite_volume"
 PLANE = "navier_stokes 2D spectral"
 LINE = "compressible 1D"
-LABELS = {CHEAP: "kuramoto_sivashinsky 1D spectral", PLANE: "navier_stokes 2D spectral", LINE: "compressible 1D finite_volume"}
+LABELS = {CHEAP: "kuramoto_sivashinsky 1D finite_volume", PLANE: "navier_stokes 2D spectral", LINE: "compressible 1D finite_volume"}
 
 HEAD = """
 import random
@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "Elsewhere": (
         "(Interpolation):\n" + CALL + "return view.u",
         CHEAP,
-        "place: no solver of kuramoto_sivashinsky spectral takes an Interpolation closure (every solver)",
+        "place: no solver of kuramoto_sivashinsky finite_volume takes an Interpolation closure (every solver)",
     ),
     # names of arguments
     "Narrow": (
