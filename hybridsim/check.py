@@ -173,7 +173,7 @@ class _Case:
         self.solver, self.closure, self.dtype = solver, _cast(closure, dtype), dtype
         self.static = eqx.partition(closure, eqx.is_inexact_array)[1]
         self.u = random_state(solver, dtype)
-        self.constants, self.rest = eqx.partition(_prepared(solver, dtype), eqx.is_array)
+        self.prepared, self.rest = eqx.partition(_prepared(solver, dtype), eqx.is_array)
         self.forward = dtype == "float64"
 
     def arrays(self, spread: float, seed: int) -> Any:
@@ -185,7 +185,7 @@ class _Case:
     def call(self, arrays: Any, u: Array, key: Array | None = None, constants: Any = None) -> tuple[Any, Any]:
         """(what the call returned, the memory that it was given)."""
         closure = eqx.combine(arrays, self.static)
-        solver = eqx.combine(self.constants if constants is None else constants, self.rest)
+        solver = eqx.combine(self.prepared if constants is None else constants, self.rest)
         view = View(u, jnp.zeros((), u.dtype), jnp.asarray(TIME_STEP, u.dtype), solver)
         memory = closure.init_memory(view)
         return closure(view, memory, key if closure.stochastic else None), memory
@@ -207,7 +207,7 @@ class _Case:
         cotangent = jnp.ones(jax.eval_shape(self.output, *at).shape, self.dtype)
         # a function of its own: what `jit` remembers of another one may have had a forward mode
         program = jax.jit(lambda *arguments: self._everything(*arguments), compiler_options=QUICKLY)
-        return program.trace(at, at, cotangent, jax.random.key(3), self.constants)
+        return program.trace(at, at, cotangent, jax.random.key(3), self.prepared)
 
     @functools.cached_property
     def program(self) -> Any:
@@ -217,7 +217,7 @@ class _Case:
         """(m, J v, Jᵀ w) at these weights and this state; J v is None where there is no forward mode."""
         at = (arrays, u)
         weight = np.ones(self.shape, self.dtype) if cotangent is None else cotangent
-        return self.program(at, at if tangent is None else tangent, weight, jax.random.key(seed), self.constants)
+        return self.program(at, at if tangent is None else tangent, weight, jax.random.key(seed), self.prepared)
 
     def values(self, arrays: Any, u: Any, seed: int = 3) -> np.ndarray:
         return np.asarray(self.derivatives(arrays, u, seed=seed)[0], np.float64)
@@ -506,6 +506,31 @@ def _fixed_arrays(tree: Any, path: str = "") -> Iterator[str]:
             yield from _fixed_arrays(value, f"{path}[{i}]")
 
 
+def _constants_sentence(closure: AbstractClosure) -> str:
+    """Why training cannot turn what `constants` names into parameters; empty if it can."""
+    name = type(closure).__name__
+    fields = closure.__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
+    for constant in closure.constants:
+        if constant not in fields:
+            return f"{constant!r} is no field of {name}; {suggestion(constant, fields, 'it has')}"
+        value = getattr(closure, constant)
+        if fields[constant].metadata.get("static", False):
+            return (
+                f"{constant!r} is declared static in {name}, so that training cannot turn it into a parameter; remove static=True"
+            )
+        if isinstance(value, bool) or not (isinstance(value, float | int) or np.shape(value) == ()):
+            return f"{constant!r} of {name} must be one number, found {show_value(value)}"
+    return ""
+
+
+def _with_trained_constants(closure: AbstractClosure) -> AbstractClosure:
+    """The closure as training has it: its constants are parameters."""
+    for constant in closure.constants:
+        value = jnp.asarray(getattr(closure, constant), float)
+        closure = eqx.tree_at(lambda c, name=constant: getattr(c, name), closure, value)
+    return closure
+
+
 def _memory_sentence(name: str, case: _Case) -> str:
     """Why what is remembered does not fit; empty if it does."""
     out, memory = eqx.filter_eval_shape(case.call, case.arrays(1.0, 0), case.u, jax.random.key(3))
@@ -557,6 +582,10 @@ class _Checks:
                 "be neither trained nor saved; remove static=True, or make tuples of numbers of what shall stay fixed",
             )
             return
+        if sentence := _constants_sentence(closure):
+            self.add("constants", one_of(closure.constants), "fields of one number", False, sentence)
+            return
+        closure = _with_trained_constants(closure)
         self.wide, self.narrow = (_Case(solver, closure, dtype) for dtype in ("float64", "float32"))
         if not self.attempt("shape", self.shape) or self.lines[-1].passed is False:
             return

@@ -338,9 +338,9 @@ def _class_in(module: types.ModuleType, name: str, where: str, what: str, kind: 
     ]
     if found is None:
         raise ConfigError(f"{where}: {what} has no class {name!r}; {suggestion(name, classes, 'it has')}")
-    # what a class of a kind with a base of its own lacks is said by `check_kind`
-    if not isinstance(found, type) or not (kind in _bases() or issubclass(found, eqx.Module)):
-        raise ConfigError(f"{where}: {name!r} in {what} is not an equinox Module; {suggestion(name, classes, 'its modules')}")
+    if not isinstance(found, type) or not issubclass(found, eqx.Module):
+        derive = f"a {kind} {_origin(kind)}" if kind in _bases() else suggestion(name, classes, "its modules")
+        raise ConfigError(f"{where}: {name!r} in {what} is not an equinox Module; {derive}")
     return found
 
 
@@ -349,6 +349,15 @@ def _bases() -> dict[str, type]:
     from hybridsim import contract
 
     return {"closure": contract.AbstractClosure, "solver": contract.AbstractSolver, "stepper": contract.AbstractStepper}
+
+
+def _origin(kind: str) -> str:
+    """What a class of a kind with a base of its own derives from."""
+    from hybridsim.contract import PLACES
+
+    if kind == "closure":
+        return f"derives from one of {', '.join(p.__name__ for p in PLACES)}"
+    return f"derives from {_bases()[kind].__name__}"
 
 
 def find_class(use: str, table: Mapping[str, str], kind: str, where: str, folders: Sequence[Path], tables: str = "") -> Origin:
@@ -386,11 +395,9 @@ def check_kind(cls: type, kind: str, where: str) -> type:
     """The class, if it is of that kind, and complete; `ConfigError` if not."""
     from hybridsim.contract import PLACES
 
-    places = ", ".join(p.__name__ for p in PLACES)
     base = _bases().get(kind)
     if base is not None and not issubclass(cls, base):
-        origin = f"from one of {places}" if kind == "closure" else f"from {base.__name__}"
-        raise ConfigError(f"{where}: {cls.__name__} is no {kind}; a {kind} derives {origin}")
+        raise ConfigError(f"{where}: {cls.__name__} is no {kind}; a {kind} {_origin(kind)}")
     others = [name for name, other in _bases().items() if name != kind and issubclass(cls, other)]
     if others:
         raise ConfigError(f"{where}: {cls.__name__} is a {others[0]}, not {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
@@ -399,6 +406,7 @@ def check_kind(cls: type, kind: str, where: str) -> type:
     if kind == "closure":
         found = [p.__name__ for p in PLACES if issubclass(cls, p)]
         if len(found) != 1:
+            places = ", ".join(p.__name__ for p in PLACES)
             raise ConfigError(f"{where}: {cls.__name__} must derive from exactly one place ({places}), found {one_of(found)}")
     return cls
 

@@ -76,7 +76,13 @@ WRONG: dict[str, tuple[str, ...]] = {
     "Plain": (
         "():\n" + CALL + "return view.u",
         CHEAP,
-        "check: Plain is no closure; a closure derives from one of Flux, Source, Interpolation, PostStep, Replacement",
+        "check: 'Plain' in wrong.py is not an equinox Module; a closure derives from one of Flux, Source, Interpolation, PostStep, "
+        "Replacement",
+    ),
+    "Other": (
+        "(eqx.Module):\n" + CALL + "return view.u",
+        CHEAP,
+        "check: Other is no closure; a closure derives from one of Flux, Source, Interpolation, PostStep, Replacement",
     ),
     "Nowhere": (
         "(AbstractClosure):\n" + CALL + "return view.u",
@@ -231,6 +237,24 @@ WRONG: dict[str, tuple[str, ...]] = {
         "(Weighted, Flux):\n" + CALL + "return -view.gradient()",
         CHEAP,
         "weights: the gradient of Unused with respect to the weights is zero everywhere, so that nothing can be trained: the "
+        "output does not depend on them",
+    ),
+    "Misnamed": (
+        "(Flux):\n    constants = ('strength',)\n    strenght: float = 0.1\n\n" + CALL + "return self.strenght * view.gradient()",
+        CHEAP,
+        "constants: 'strength' is no field of Misnamed; did you mean 'strenght'?",
+    ),
+    "Untunable": (
+        "(Flux):\n    constants = ('c',)\n    c: float = eqx.field(static=True, default=0.1)\n\n"
+        + CALL
+        + "return self.c * view.gradient()",
+        CHEAP,
+        "constants: 'c' is declared static in Untunable, so that training cannot turn it into a parameter; remove static=True",
+    ),
+    "Rounded": (
+        "(Flux):\n    constants = ('c',)\n    c: float = 0.1\n\n" + CALL + "return jnp.round(self.c) * view.gradient()",
+        CHEAP,
+        "weights: the gradient of Rounded with respect to the weights is zero everywhere, so that nothing can be trained: the "
         "output does not depend on them",
     ),
     # finiteness
