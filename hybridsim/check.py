@@ -182,22 +182,22 @@ class _Case:
         given = eqx.filter(self.closure, eqx.is_inexact_array)
         return jax.tree.map(lambda a: jnp.asarray(spread * rng.standard_normal(a.shape), a.dtype), given)
 
-    def call(self, arrays: Any, u: Array, key: Array | None = None, constants: Any = None) -> tuple[Any, Any]:
+    def call(self, arrays: Any, u: Array, key: Array | None = None, prepared: Any = None) -> tuple[Any, Any]:
         """(what the call returned, the memory that it was given)."""
         closure = eqx.combine(arrays, self.static)
-        solver = eqx.combine(self.prepared if constants is None else constants, self.rest)
+        solver = eqx.combine(self.prepared if prepared is None else prepared, self.rest)
         view = View(u, jnp.zeros((), u.dtype), jnp.asarray(TIME_STEP, u.dtype), solver)
         memory = closure.init_memory(view)
         return closure(view, memory, key if closure.stochastic else None), memory
 
-    def output(self, arrays: Any, u: Array, key: Array | None = None, constants: Any = None) -> Any:
+    def output(self, arrays: Any, u: Array, key: Array | None = None, prepared: Any = None) -> Any:
         key = jax.random.key(3) if key is None else key
-        out, memory = self.call(arrays, u, key, constants)
+        out, memory = self.call(arrays, u, key, prepared)
         return out if memory is None else out[0]
 
-    def _everything(self, at: Any, tangent: Any, cotangent: Array, key: Array, constants: Any) -> tuple[Array, Any, Any]:
+    def _everything(self, at: Any, tangent: Any, cotangent: Array, key: Array, prepared: Any) -> tuple[Array, Any, Any]:
         # as the model does it, whatever precision the closure computes in
-        function = lambda arrays, u: self.output(arrays, u, key, constants).astype(self.dtype)  # noqa: E731
+        function = lambda arrays, u: self.output(arrays, u, key, prepared).astype(self.dtype)  # noqa: E731
         out, pull = jax.vjp(function, *at)
         return out, jax.jvp(function, at, tangent)[1] if self.forward else None, pull(cotangent)
 
@@ -220,6 +220,7 @@ class _Case:
         return self.program(at, at if tangent is None else tangent, weight, jax.random.key(seed), self.prepared)
 
     def values(self, arrays: Any, u: Any, seed: int = 3) -> np.ndarray:
+        """m, in double precision on the host."""
         return np.asarray(self.derivatives(arrays, u, seed=seed)[0], np.float64)
 
     @property
@@ -628,9 +629,8 @@ class _Checks:
                 return
         except Exception:
             # the one mistake that the error itself does not name
-            view_only = lambda arrays, u: _with_key(case, arrays, u)  # noqa: E731
             with contextlib.suppress(Exception):
-                eqx.filter_eval_shape(view_only, case.arrays(1.0, 0), case.u)
+                eqx.filter_eval_shape(functools.partial(_with_key, case), case.arrays(1.0, 0), case.u)
                 self.add(
                     "key",
                     "needed",

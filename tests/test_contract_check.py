@@ -1,6 +1,10 @@
 """A stranger's closure that is wrong is told so in one sentence, one that is right is not, and all this is a test in one line."""
 
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -477,9 +481,6 @@ def test_a_closure_of_an_installed_package_is_used_by_its_name_and_keeps_its_wei
 # --- new -------------------------------------------------------------------------------------------------------------------------
 
 
-SOLVER_OF = dict.fromkeys(PLACES, CHEAP) | {"interpolation": LINE}
-
-
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_written_to_start_from_keeps_the_contract(tmp_path: Path, place: str):
     result = CliRunner().invoke(app, ["new", "closure", "SubgridModel", "--place", place, "--out", str(tmp_path / "new")])
@@ -494,8 +495,11 @@ def test_what_is_written_to_start_from_keeps_the_contract(tmp_path: Path, place:
     ]
     text = (tmp_path / "new" / "subgrid_model.py").read_text()
     assert len([line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]) <= 30
-    compile((tmp_path / "new" / "test_subgrid_model.py").read_text(), "test", "exec")
-    assert violations(f"{tmp_path / 'new' / 'subgrid_model.py'}:SubgridModel", solver=SOLVER_OF[place]) == []
+    test = runpy.run_path(str(tmp_path / "new" / "test_subgrid_model.py"))["test_subgrid_model_keeps_the_contract"]
+    if place == "interpolation":
+        test()  # only one solver takes this place, so it costs no more than the line below
+    else:
+        assert violations(f"{tmp_path / 'new' / 'subgrid_model.py'}:SubgridModel", solver=CHEAP) == []
     experiment = load_experiment(tmp_path / "new" / "subgrid_model.yaml")
     assert experiment.labels == ("bare", "subgrid_model")
     assert experiment.spec.train is not None
@@ -503,10 +507,6 @@ def test_what_is_written_to_start_from_keeps_the_contract(tmp_path: Path, place:
 
 
 def test_what_is_written_is_formatted_and_clean(tmp_path: Path):
-    import shutil
-    import subprocess
-    import sys
-
     ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
     if ruff is None:
         pytest.skip("ruff is not installed")
