@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hybridsim.contract import AbstractClosure, Flux, Interpolation, PostStep, Replacement, Source, Variable, View
+from hybridsim.contract import AbstractClosure, Flux, Interpolation, Place, PostStep, Replacement, Source, Variable, View
 from hybridsim.corrections.eddy import filter_width
 from hybridsim.corrections.gas import MOMENTA, carried, gas_of, is_gas
-from hybridsim.corrections.networks import CNN, Activation
+from hybridsim.corrections.networks import Activation, Network, NetworkFactory, make_network
 
 COMPONENTS = "uvw"
 """Names of the velocity channels where the flow is no gas; every other channel is a scalar."""
@@ -104,15 +104,21 @@ class Scaling(eqx.Module):
             groups = [jnp.swapaxes(_rows(values, some), 0, 1).reshape(-1, *grid) for some in (self.vector, self.others)]
         return jnp.concatenate([groups[0] / self.velocity, groups[1] / self.scalar])
 
-    def change(self, view: View, parts: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
-        """A change of the state, at the cell centres, from numbers of order one: (U, C) parts, or in a gas ρ (1, U, U², C) parts in
-        the frame of the gas."""
+    def change(self, view: View, parts: Float[Array, "c *grid"], at: Place | None = None) -> Float[Array, "c *grid"]:
+        """A change of the state from numbers of order one: (U, C) parts, or in a gas ρ (1, U, U², C) parts in the frame of the gas.
+
+        All of them are at the cell centres, or `at` another place, to which the gas moves by averages.
+        """
         d = view.grid.ndim
         if not self.gas:
             return jnp.stack([(self.velocity if c in self.vector else self.scalar) * q for c, q in enumerate(parts)])
-        density = jnp.maximum(view.u[0], 0)
+        gas = gas_of(view)
+        if at is not None:
+            place = at
+            gas = jax.tree.map(lambda q: view.to(q, view.grid.centre, place) if q.ndim else q, gas)
+        density = jnp.maximum(gas.density, 0)
         units = (1.0, *(self.velocity,) * d, self.velocity**2, *(self.scalar,) * (len(self.names) - d - 2))
-        return carried(gas_of(view), [unit * density * q for unit, q in zip(units, parts, strict=True)])
+        return carried(gas, [unit * density * q for unit, q in zip(units, parts, strict=True)])
 
 
 def _rows(array: Float[Array, "c *rest"], which: tuple[int, ...]) -> Float[Array, "k *rest"]:
@@ -127,7 +133,7 @@ def _rows(array: Float[Array, "c *rest"], which: tuple[int, ...]) -> Float[Array
 
 
 class LearnedFlux(Flux):
-    """F[a, c] = U² CNN(u / U)[a, c]: a learned stress, whose divergence the solver takes, and U C CNN[a, c] for scalars.
+    """F[a, c] = U² net(u / U)[a, c]: a learned stress, whose divergence the solver takes, and U C net[a, c] for scalars.
 
     The network sees the velocity at the cell centres and gives a tensor there, which moves to the flux points by averages; the
     same file therefore serves staggered and spectral solvers, in one to three dimensions. Passive scalars c are seen as c / C and
@@ -141,7 +147,9 @@ class LearnedFlux(Flux):
     **Arguments:**
 
     - `dims`, `variables`: space dimensions, and the channels (given by the experiment; without `variables`, the velocity alone).
-    - `width`, `depth`, `kernel`, `activation`: of the `CNN`.
+    - `width`, `depth`, `kernel`, `activation`: of the `CNN` that is the network where none is named.
+    - `network`: another one in its place: `use:` a name (see `hybridsim list networks`) or a class of one's own, with its
+      arguments; in Python a class, or `functools.partial(UNet, width=8)`.
     - `velocity_scale`: U, a typical speed; makes the network's input and output of order one.
     - `inputs`: `velocity`, or `gradient` (Δx ∂_a u_c and Δx ∂_a c: Galilean-invariant).
     - `symmetric`: F[a, c] = F[c, a] for the velocity (σ of a gas), so that a local torque cannot arise.
@@ -153,7 +161,7 @@ class LearnedFlux(Flux):
     energy that it may add is a `structure` around it.
     """
 
-    network: CNN
+    network: Network
     scaling: Scaling
     symmetric: bool = eqx.field(static=True)
     mass_flux: bool = eqx.field(static=True)
@@ -172,6 +180,7 @@ class LearnedFlux(Flux):
         density_scale: float = 1.0,
         temperature_scale: float = 1.0,
         mass_flux: bool = True,
+        network: NetworkFactory | None = None,
         *,
         variables: tuple[Variable, ...] | None = None,
         key: PRNGKeyArray,
@@ -189,7 +198,8 @@ class LearnedFlux(Flux):
         self.symmetric, self.mass_flux = symmetric, mass_flux
         stresses = dims * (dims + 1) // 2 if symmetric else dims * dims
         channels = stresses + dims * len(self._others)
-        self.network = CNN(dims, self.scaling.inputs_count, channels, width, depth, kernel, activation, key=key)
+        own = {"width": width, "depth": depth, "kernel": kernel, "activation": activation}
+        self.network = make_network(network, dims, self.scaling.inputs_count, channels, **own, key=key)
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -225,9 +235,9 @@ class LearnedFlux(Flux):
 
 
 class _PerChannel(AbstractClosure):
-    """Shared by the places that take one array per channel: s = (U/Δ) (U, C) CNN, and in a gas (U/Δ) ρ (1, U, U², C) CNN."""
+    """Shared by the places that take one array per channel: s = (U/Δ) (U, C) net, and in a gas (U/Δ) ρ (1, U, U², C) net."""
 
-    network: CNN
+    network: Network
     scaling: Scaling
 
     def __init__(
@@ -242,6 +252,7 @@ class _PerChannel(AbstractClosure):
         scalar_scale: float = 1.0,
         density_scale: float = 1.0,
         temperature_scale: float = 1.0,
+        network: NetworkFactory | None = None,
         *,
         variables: tuple[Variable, ...] | None = None,
         key: PRNGKeyArray,
@@ -257,7 +268,8 @@ class _PerChannel(AbstractClosure):
             temperature=temperature_scale,
         )
         channels = len(self.scaling.names)
-        self.network = CNN(dims, self.scaling.inputs_count, channels, width, depth, kernel, activation, key=key)
+        own = {"width": width, "depth": depth, "kernel": kernel, "activation": activation}
+        self.network = make_network(network, dims, self.scaling.inputs_count, channels, **own, key=key)
 
     def _rate(self, view: View) -> Float[Array, "c *grid"]:
         """The network's output as a rate of change of every channel, at its own place."""
@@ -268,7 +280,7 @@ class _PerChannel(AbstractClosure):
 
 
 class LearnedSource(_PerChannel, Source):
-    """s[c] = (U²/Δ) CNN(u / U)[c]: a learned force, and (U C/Δ) CNN for scalars; added to the right-hand side, before projection.
+    """s[c] = (U²/Δ) net(u / U)[c]: a learned force, and (U C/Δ) net for scalars; added to the right-hand side, before projection.
 
     For what no flux can say: forces, reactions, heating. The network sees what it does in `LearnedFlux`; in a gas it gives sources
     of mass, momentum, energy and scalars, ρU/Δ (1, U, U², C) times numbers of order one, to an observer who moves with the gas;
@@ -284,7 +296,7 @@ class LearnedSource(_PerChannel, Source):
 
 
 class LearnedCorrection(_PerChannel, PostStep):
-    """u ← P(u + Δt (U²/Δ) CNN(u / U)): a learned correction after each step of the solver (Um et al. 2020, arXiv:2007.00016).
+    """u ← P(u + Δt (U²/Δ) net(u / U)): a learned correction after each step of the solver (Um et al. 2020, arXiv:2007.00016).
 
     The network sees and gives what it does in `LearnedSource`, once per step instead of once per stage.
 
@@ -298,7 +310,7 @@ class LearnedCorrection(_PerChannel, PostStep):
 
 
 class LearnedStep(_PerChannel, Replacement):
-    """u ← P(u + Δt (U²/Δ) CNN(u / U)): a network instead of a solver (Stachenfeld et al. 2022, arXiv:2112.15275).
+    """u ← P(u + Δt (U²/Δ) net(u / U)): a network instead of a solver (Stachenfeld et al. 2022, arXiv:2112.15275).
 
     The step may be much longer than a solver's; forces, viscosity and boundaries have to be learnt. The network sees and gives what
     it does in `LearnedSource`. It needs `velocity` as inputs: gradients do not say how fast the flow is carried past the grid.
@@ -316,7 +328,7 @@ class LearnedStep(_PerChannel, Replacement):
 
 
 class LearnedInterpolation(Interpolation):
-    """w = w_scheme + Σ_f a_f Z_f · cells,  a = b tanh(CNN(u / U)): learned weights of the values at the faces.
+    """w = w_scheme + Σ_f a_f Z_f · cells,  a = b tanh(net(u / U)): learned weights of the values at the faces.
 
     Z_f are combinations of the cells around a face that vanish for polynomials below the scheme's order, so the order stays with
     any weights (Bar-Sinai et al. 2019, doi:10.1073/pnas.1814058116; Kochkov et al. 2021, doi:10.1073/pnas.2101784118). The network
@@ -326,8 +338,8 @@ class LearnedInterpolation(Interpolation):
 
     - `dims`, `variables`, `free_weights`: given by the experiment; the last is the number of coefficients per face, side and
       channel.
-    - `width`, `depth`, `kernel`, `activation`, `velocity_scale`, `inputs`, `scalar_scale`, `density_scale`, `temperature_scale`: as
-      in `LearnedFlux`.
+    - `width`, `depth`, `kernel`, `activation`, `network`, `velocity_scale`, `inputs`, `scalar_scale`, `density_scale`,
+      `temperature_scale`: as in `LearnedFlux`.
     - `bound`: b > 0, the largest |a|. Up to 0.25 linear advection stays stable with `plm_*` (without limiter, up to 0.5) and
       `weno5z` (with its ideal weights) for any constant a; with `ppm` no bound is safe. 0.19 leads from `plm_*` to third order.
     - `shared`: whether all channels have the same coefficients, which makes the network smaller.
@@ -335,7 +347,7 @@ class LearnedInterpolation(Interpolation):
     Conserves what the solver conserves. Limiters that the scheme has act on its own part only, so shocks may ring.
     """
 
-    network: CNN
+    network: Network
     scaling: Scaling
     free: int = eqx.field(static=True)
     bound: float = eqx.field(static=True)
@@ -355,6 +367,7 @@ class LearnedInterpolation(Interpolation):
         temperature_scale: float = 1.0,
         bound: float = 0.25,
         shared: bool = True,
+        network: NetworkFactory | None = None,
         *,
         free_weights: int,
         variables: tuple[Variable, ...] | None = None,
@@ -376,7 +389,8 @@ class LearnedInterpolation(Interpolation):
         )
         self.free, self.bound, self.shared = free_weights, float(bound), shared
         channels = dims * 2 * free_weights * (1 if shared else len(self.scaling.names))
-        self.network = CNN(dims, self.scaling.inputs_count, channels, width, depth, kernel, activation, key=key)
+        own = {"width": width, "depth": depth, "kernel": kernel, "activation": activation}
+        self.network = make_network(network, dims, self.scaling.inputs_count, channels, **own, key=key)
 
     def __call__(self, view: View, memory=None, key=None) -> Float[Array, "axis side c free *grid"]:
         grid, centre, count = view.grid, view.grid.centre, len(self.scaling.names)

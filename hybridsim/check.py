@@ -842,13 +842,12 @@ def _double() -> Iterator[None]:
 
 def _part_of(use: str | type, given: Mapping[str, Any], folder: Path) -> tuple[Part, Path | None]:
     """The class with its arguments, checked, and the user's own file that it stands in."""
-    path = None
+    path, folders = None, [folder]
     if isinstance(use, type):
         cls, use = check_kind(use, "closure", "check"), use.__name__
     else:
         # a path on the command line may lead anywhere, unlike one in a YAML
         file, _, name = use.rpartition(":")
-        folders = [folder]
         if file.endswith(".py"):
             path = (folder / file).resolve()
             use, folders = f"{path.name}:{name}", [path.parent]
@@ -856,7 +855,7 @@ def _part_of(use: str | type, given: Mapping[str, Any], folder: Path) -> tuple[P
     if path is None:
         with contextlib.suppress(TypeError, OSError):
             path = Path(inspect.getfile(cls)).resolve()
-    return make_part(use, cls, given, (cls.__name__,), FROM_RUN), path
+    return make_part(use, cls, given, (cls.__name__,), FROM_RUN, folders), path
 
 
 def _built(part: Part, solver: AbstractSolver) -> AbstractClosure:

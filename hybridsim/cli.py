@@ -239,7 +239,9 @@ def new_closure(
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="equations, solvers, steppers, forcings, initial, closures, weights or experiments."),
+        typer.Argument(
+            metavar="[KIND]", help="equations, solvers, steppers, forcings, initial, closures, networks, weights or experiments."
+        ),
     ] = None,
 ) -> None:
     """List what can be named in YAML, with the formula of each."""

@@ -20,7 +20,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -55,11 +55,18 @@ _TABLES = {
     "boundary_state": ("hybridsim.solvers", "BOUNDARY_STATES"),
     "boundary_velocity": ("hybridsim.solvers", "BOUNDARY_VELOCITIES"),
     "cooling": ("hybridsim.solvers", "COOLING"),
+    "network": ("hybridsim.corrections", "NETWORKS"),
 }
-"""Arguments that are objects themselves: their table of short names."""
+"""Arguments that are objects themselves, where YAML could not write them otherwise: their table of short names."""
 
 _MAPPINGS = ("boundary_state", "boundary_velocity")
 """Those of them that map names to such objects."""
+
+FROM_CLOSURE = ("channels_in", "channels_out", "dims", "key")
+"""Arguments of networks that the closure supplies."""
+
+_FACTORIES = {"network": FROM_CLOSURE}
+"""Those of them that whoever takes them makes: it gets a function of these arguments, not the object."""
 
 
 def _yaml_annotation(annotation: Any) -> Any:
@@ -132,10 +139,10 @@ def constructor_of(cls: type, supplied: frozenset[str]) -> Constructor:
         if name in supplied:
             taken.add(name)
             continue
-        if name in _TABLES:
+        annotation = _yaml_annotation(hints.get(name, parameter.annotation if not isinstance(parameter.annotation, str) else Any))
+        if name in _TABLES and annotation in (_HIDDEN, Any):
             nested.add(name)
             continue
-        annotation = _yaml_annotation(hints.get(name, parameter.annotation if not isinstance(parameter.annotation, str) else Any))
         required = parameter.default is parameter.empty
         if annotation is _HIDDEN:
             if required:
@@ -171,7 +178,11 @@ def _plain(value: Any) -> Any:
 
 
 class Part:
-    """A class chosen by `use:` with checked arguments: `build` makes the object, `resolved` is its YAML."""
+    """A class chosen by `use:` with checked arguments: `build` makes the object, `resolved` is its YAML.
+
+    `nested` holds the arguments that are such parts themselves; of a network the object gets `build`, to call it with
+    `FROM_CLOSURE`.
+    """
 
     def __init__(
         self,
@@ -180,8 +191,10 @@ class Part:
         arguments: dict[str, Any],
         nested: "dict[str, Part | dict[str, Part] | None]",
         path: KeyPath,
+        origin: "Origin | None" = None,
     ):
         self.use, self.constructor, self.arguments, self.nested, self.path = use, constructor, arguments, nested, path
+        self.origin = origin
 
     @property
     def cls(self) -> type:
@@ -192,10 +205,17 @@ class Part:
         plain = {name: v for name, value in self.arguments.items() if (v := _plain(value)) is not _HIDDEN}
         return {"use": self.use, **plain, **{n: _each(part, lambda p: p.resolved) for n, part in self.nested.items()}}
 
+    def parts(self) -> "Iterator[Part]":
+        """This part, and those inside it."""
+        yield self
+        for part in self.nested.values():
+            for inner in part.values() if isinstance(part, dict) else () if part is None else (part,):
+                yield from inner.parts()
+
     def build(self, **supplied: Any) -> Any:
         """The object; its own refusals (`field: sentence`) carry the key path."""
         chosen = {name: value for name, value in supplied.items() if name in self.constructor.supplied}
-        inner = {name: _each(part, lambda p: p.build()) for name, part in self.nested.items()}
+        inner = {n: _each(part, lambda p, n=n: p.build if n in _FACTORIES else p.build()) for n, part in self.nested.items()}
         try:
             return self.cls(**self.arguments, **inner, **chosen)
         except ValueError as error:
@@ -424,9 +444,9 @@ def timings(name: str) -> Any:
 
 def catalogue(kind: str) -> dict[str, str]:
     """The literal table of one kind: `steppers`, `equations`, `forcings`, `cooling`, `boundary_states`, `boundary_velocities`,
-    `initial` or `closures`."""
-    if kind == "closures":
-        return importlib.import_module("hybridsim.corrections").CLOSURES
+    `initial`, `closures` or `networks`."""
+    if kind in ("closures", "networks"):
+        return getattr(importlib.import_module("hybridsim.corrections"), kind.upper())
     return getattr(importlib.import_module("hybridsim.solvers"), kind.upper())
 
 
@@ -708,11 +728,14 @@ class Experiment:
     ) -> Part:
         """The class that `use` names, with its arguments checked."""
         origin = find_class(use.use, table, kind, key_path(path), self.folders)
-        if origin.file is not None:
-            inside = origin.file.is_relative_to(self.folder)
-            self.files[origin.file.relative_to(self.folder).as_posix() if inside else origin.file.name] = str(origin.digest)
-        self.origins[key_path(path)] = origin
-        return make_part(use.use, origin.cls, use.arguments, path, supplied, self.folders, defaults)
+        made = make_part(use.use, origin.cls, use.arguments, path, supplied, self.folders, defaults, origin)
+        for part in made.parts():
+            if part.origin is not None:
+                self.origins[key_path(part.path)] = part.origin
+                if (file := part.origin.file) is not None:
+                    inside = file.is_relative_to(self.folder)
+                    self.files[file.relative_to(self.folder).as_posix() if inside else file.name] = str(part.origin.digest)
+        return made
 
     def _find_parts(self) -> None:
         spec = self.spec
@@ -806,12 +829,18 @@ class Experiment:
             raise ConfigError(f"{where}: the weights {correction.weights} belong to {made_for!r}, not to {correction.use!r}")
         arguments = header.get("arguments", {})
         for name, value in correction.arguments.items():
-            if name in arguments and _plain(value) != arguments[name]:
+            if name in arguments and self._in_full(name, value, arguments[name], (*path, name)) != arguments[name]:
                 raise ConfigError(
                     f"{key_path((*path, name))}: found {show_value(value)}, but the weights {correction.weights} were trained with "
                     f"{show_value(arguments[name])}; remove the key or choose other weights"
                 )
         return header
+
+    def _in_full(self, name: str, value: Any, trained: Any, path: KeyPath) -> Any:
+        """An argument as weights files write it: with the defaults of what it names, where it is chosen by `use:`."""
+        if name in _TABLES and isinstance(trained, Mapping) and isinstance(value, str | Mapping):
+            return _nested_part(name, value, path, self.folders).resolved
+        return _plain(value)
 
     # -- builders -----------------------------------------------------------------------------------------------------------------
 
@@ -1081,6 +1110,7 @@ def make_part(
     supplied: Iterable[str] = (),
     folders: Sequence[Path] = (),
     defaults: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
 ) -> Part:
     """Arguments from YAML checked against the constructor of `cls`."""
     constructor = constructor_of(cls, frozenset(supplied))
@@ -1094,6 +1124,8 @@ def make_part(
         value = given.pop(name, None)
         at = (*path, name)
         if name not in _MAPPINGS:
+            if value is None and inspect.signature(cls).parameters[name].default is inspect.Parameter.empty:
+                raise ConfigError(f"{key_path(at)}: {cls.__name__} needs a {name.replace('_', ' ')}, found nothing")
             nested[name] = None if value is None else _nested_part(name, value, at, folders)
             continue
         if not isinstance(value, Mapping | None):
@@ -1118,7 +1150,7 @@ def make_part(
     arguments = {str(f.alias): getattr(checked, n) for n, f in constructor.model.model_fields.items()}
     signature = inspect.signature(cls)
     factories = [n for n in arguments if n not in given and _from_factory(signature.parameters[n])]
-    return Part(use, constructor, {n: v for n, v in arguments.items() if n not in factories}, nested, path)
+    return Part(use, constructor, {n: v for n, v in arguments.items() if n not in factories}, nested, path, origin)
 
 
 def _nested_part(name: str, value: Any, at: KeyPath, folders: Sequence[Path]) -> Part:
@@ -1130,13 +1162,16 @@ def _nested_part(name: str, value: Any, at: KeyPath, folders: Sequence[Path]) ->
     room, table = _TABLES[name]
     kind = name.replace("_", " ")
     origin = find_class(use.use, getattr(importlib.import_module(room), table), kind, key_path(at), folders)
-    return make_part(use.use, origin.cls, use.arguments, at, (), folders)
+    supplied = _FACTORIES.get(name, ())
+    if missing := [n for n in supplied if n.startswith("channels_") and n not in inspect.signature(origin.cls).parameters]:
+        raise ConfigError(f"{key_path(at)}: {origin.cls.__name__} is no {kind}; a {kind} takes {' and '.join(missing)}")
+    return make_part(use.use, origin.cls, use.arguments, at, supplied, folders, None, origin)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------------
 
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
-_WORDS = ("equation", "forcing", "initial", "solver", "stepper")
+_WORDS = ("equation", "forcing", "initial", "network", "solver", "stepper")
 _GROWING = ("checks", "compare", "samples", "train")
 
 
@@ -1267,7 +1302,7 @@ def _choices(table: Mapping[str, str], supplied: Iterable[str] = (), extra: Mapp
         properties = {**schema.get("properties", {}), **(extra or {})}
         for inner in constructor.nested:
             room, inner_table = _TABLES[inner]
-            choice = _choices(getattr(importlib.import_module(room), inner_table))
+            choice = _choices(getattr(importlib.import_module(room), inner_table), _FACTORIES.get(inner, ()))
             several = {"type": "object", "additionalProperties": choice}
             properties[inner] = several if inner in _MAPPINGS else {"anyOf": [choice, {"type": "null"}]}
         options.append(

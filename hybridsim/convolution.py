@@ -77,6 +77,12 @@ def _stock(u: Array, weights: Array, dilation: Sequence[int], periodic: Sequence
     return jax.lax.conv_general_dilated(u[None], weights, ones, "VALID", rhs_dilation=tuple(dilation), precision=PRECISION)[0]
 
 
+def pointwise(u: Float[Array, "i *grid"], matrix: Float[Array, "o i"]) -> Float[Array, "o *grid"]:
+    """y_o(x) = Σ_i w[o, i] u_i(x): one matrix product, the same in every cell, on every machine."""
+    product = jnp.matmul(matrix, u.reshape(u.shape[0], -1), precision=PRECISION)
+    return product.reshape(matrix.shape[0], *u.shape[1:])
+
+
 def convolution(
     u: Float[Array, "i *grid"],
     weights: Float[Array, "o i *kernel"],
@@ -92,7 +98,7 @@ def convolution(
     - `weights`: odd kernel sizes, as in `lax.conv` (a correlation, not flipped).
     - `dilation`: d, one for all axes or one each.
     - `periodic`: per axis, whether u goes on periodically (None: along all of them); elsewhere its outermost values go on.
-    - `method`: `"products"`, `"stock"`, or `"auto"` (products on CPU, stock elsewhere).
+    - `method`: `"products"`, `"stock"`, or `"auto"` (products on CPU and for kernels of one cell, stock elsewhere).
 
     Raises `ValueError` for even kernels.
 
@@ -110,6 +116,8 @@ def convolution(
     wrap = (True,) * len(kernel) if periodic is None else tuple(periodic)
     if len(spread) != len(kernel) or len(wrap) != len(kernel):
         raise ValueError(f"dilation {spread} and periodic {wrap} need one entry per axis of the kernel {kernel}")
+    if method == "auto" and set(kernel) == {1}:
+        return pointwise(u, weights.reshape(weights.shape[:2]))
     if method == "auto":
         method = "products" if jax.default_backend() == "cpu" else "stock"
     return (_by_products if method == "products" else _stock)(u, weights, spread, wrap)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridsim.config import (
+    FROM_CLOSURE,
     FROM_RUN,
     ConfigError,
     Experiment,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).resolve().parent.parent
 KINDS = (
     *("equations", "solvers", "steppers", "forcings", "cooling", "boundary_states", "boundary_velocities", "initial", "closures"),
-    *("weights", "experiments"),
+    *("networks", "weights", "experiments"),
 )
 
 
@@ -87,8 +88,8 @@ def _at(place: Place) -> str:
 
 
 @functools.cache
-def _arguments(cls: type) -> tuple[str, ...]:
-    return tuple(constructor_of(cls, frozenset(FROM_RUN)).names)
+def _arguments(cls: type, supplied: tuple[str, ...] = FROM_RUN) -> tuple[str, ...]:
+    return tuple(constructor_of(cls, frozenset(supplied)).names)
 
 
 def _fields(thing: Any) -> str:
@@ -185,6 +186,9 @@ def _run_tree(tree: "Tree", experiment: Experiment, label: str, lines: dict[KeyP
         when = model.evaluate[i]
         held = {"stage": "at every stage", 1: "at every step"}.get(when, f"every {when} steps")
         child.add(f"place {place_of(closure).__name__}, evaluated {held}")
+        network = getattr(closure, "network", None)
+        if isinstance(network, eqx.Module):
+            _add(child, "network", network)
         if count := parameters(closure):
             weights = experiment.spec.runs[label].corrections[i].weights
             child.add(f"{count} parameters, " + (f"weights {weights}" if weights else "untrained"))
@@ -281,7 +285,8 @@ def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
     else:
         for name, target in sorted(catalogue(kind).items()):
             cls = load_class(target)
-            yield name, formula(cls), ", ".join(_arguments(cls))
+            supplied = FROM_CLOSURE if kind == "networks" else FROM_RUN
+            yield name, formula(cls), ", ".join(_arguments(cls, supplied))
 
 
 def list_catalogue(kind: str | None, console: "Console") -> None:

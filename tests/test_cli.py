@@ -278,7 +278,17 @@ def test_bad_input_is_refused_within_two_seconds(folder: Path, override: str):
 def test_list_has_a_formula_for_every_name(folder: Path):
     result = invoke("list")
     assert result.exit_code == 0
-    kinds = ("equations", "steppers", "forcings", "cooling", "boundary_states", "boundary_velocities", "initial", "closures")
+    kinds = (
+        "equations",
+        "steppers",
+        "forcings",
+        "cooling",
+        "boundary_states",
+        "boundary_velocities",
+        "initial",
+        "closures",
+        "networks",
+    )
     named = [pair for kind in kinds for pair in config.catalogue(kind).items()]
     solvers = [(name, t) for table in config.solver_tables().values() for name, targets in table.items() for t in targets.values()]
     for name, target in named + solvers:

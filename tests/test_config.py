@@ -350,7 +350,17 @@ def test_the_schema_knows_every_key_and_every_short_name():
     text = json.dumps(schema)
     for key in config.Spec.model_fields:
         assert key in schema["properties"]
-    kinds = ("steppers", "equations", "forcings", "cooling", "boundary_states", "boundary_velocities", "initial", "closures")
+    kinds = (
+        "steppers",
+        "equations",
+        "forcings",
+        "cooling",
+        "boundary_states",
+        "boundary_velocities",
+        "initial",
+        "closures",
+        "networks",
+    )
     names = [name for kind in kinds for name in config.catalogue(kind)]
     for name in [*names, *(n for table in config.solver_tables().values() for n in table)]:
         assert f'"{name}"' in text
