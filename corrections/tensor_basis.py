@@ -137,7 +137,7 @@ class TensorBasisFlux(Flux):
         stress = jnp.zeros_like(gradient)
         for g, tensor in zip(out, tensors(s, w, self.tensors), strict=False):
             stress = stress - g[None, None] * tensor
-        columns = dict(zip(velocity, jnp.swapaxes(speed**2 * size**2 * stress, 0, 1), strict=True))
+        columns = dict(zip(velocity, jnp.swapaxes((speed * size[None, None]) ** 2 * stress, 0, 1), strict=True))
         for c in range(len(names)):
             if c not in columns:
                 h = out[self.tensors :, None]

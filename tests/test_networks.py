@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flows import randomised
 
 from hybridsim.config import blank
 from hybridsim.convolution import convolution, pointwise
 from hybridsim.corrections.fourier import FNO, SpectralConvolution
 from hybridsim.corrections.graph import GraphNetwork
-from hybridsim.corrections.networks import CNN, DilatedResNet, UNet, box_means, make_network
-from hybridsim.grid import resample
+from hybridsim.corrections.networks import CNN, DilatedResNet, UNet, activated_channels, box_means, make_network
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,37 +27,57 @@ GRIDS = {"1d": (16,), "2d": (8, 12), "3d": (8, 4, 4)}
 ODD = {"1d": (7,), "2d": (5, 6), "3d": (3, 5, 2)}
 
 
-def made(name, dims, std=0.4, dtype=np.float64, inputs=2, outputs=3):
-    """A network with weights from N(0, std²), or as it starts (None)."""
-    build = partial(NETWORKS[name], dims=dims, channels_in=inputs, channels_out=outputs, key=jax.random.key(1))
-    if std is None:
-        return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, build())
-    rng = np.random.default_rng(2)
+def drawn(build, std=0.4, dtype=np.float64, seed=2):
+    """What `build` makes, with weights from N(0, std²)."""
+    rng = np.random.default_rng(seed)
     draw = lambda a: jnp.asarray(std * rng.standard_normal(a.shape), dtype) if eqx.is_inexact_array(a) else a  # noqa: E731
     return jax.tree.map(draw, blank(build))
+
+
+def made(name, dims, std=0.4, dtype=np.float64):
+    """A small network with random weights."""
+    return drawn(lambda: NETWORKS[name](dims=dims, channels_in=2, channels_out=3, key=jax.random.key(1)), std, dtype)
 
 
 def noise(grid, seed=0, channels=2, dtype=np.float64):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((channels, *grid)), dtype)
 
 
-@eqx.filter_jit
-def applied(network, u, periodic=None):
-    return network(u, periodic)
+# small grids, run once: what the compiler saves at run time it would lose many times over
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
+def applied(network, u, periodic=None, method=None):
+    """What the network, or another method of it, makes of u."""
+    arrays, fixed = eqx.partition(network, eqx.is_array)
+
+    @jit
+    def run(arrays, u):
+        module = eqx.combine(arrays, fixed)
+        return (module if method is None else getattr(module, method))(u, periodic)
+
+    return run(arrays, u)
 
 
 @pytest.mark.parametrize("dims", GRIDS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_starts_at_zero_and_fits_any_grid(name, dims):
-    grid = GRIDS[dims]
-    for shape in (grid, ODD[dims]):
-        for periodic in (None, (False,) + (True,) * (len(grid) - 1), (False,) * len(grid)):
-            network = made(name, len(grid))
-            out = eqx.filter_eval_shape(network, noise(shape), periodic)
+def test_a_network_fits_any_grid(name, dims):
+    axes = len(GRIDS[dims])
+    network = made(name, axes)
+    for shape in (GRIDS[dims], ODD[dims]):
+        for periodic in (None, (False,) + (True,) * (axes - 1), (False,) * axes):
+            out = eqx.filter_eval_shape(network, jax.ShapeDtypeStruct((2, *shape), np.float64), periodic)
             assert (out.shape, out.dtype) == ((3, *shape), np.float64)
-    untrained = made(name, len(grid), None)
-    assert not np.asarray(applied(untrained, noise(grid))).any()
-    assert np.asarray(applied(made(name, len(grid)), noise(grid))).any()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_untrained_network_gives_zero(name):
+    fixed = eqx.partition(made(name, 1), eqx.is_array)[1]
+    build = lambda key: NETWORKS[name](dims=1, channels_in=2, channels_out=3, key=key)  # noqa: E731
+    arrays = jit(lambda key: eqx.filter(build(key), eqx.is_array))(jax.random.key(1))
+    assert not np.asarray(applied(eqx.combine(arrays, fixed), noise((8,)))).any()
+    assert sum(not np.asarray(a).any() for a in jax.tree.leaves(arrays)) < len(jax.tree.leaves(arrays))
+    assert np.asarray(applied(made(name, 1), noise((8,)))).any()
 
 
 @pytest.mark.parametrize("dims", GRIDS)
@@ -104,7 +122,7 @@ def test_forward_and_backward_derivatives_agree(name, dims):
     v = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), at)
     w = noise(grid, 4, 3)
 
-    @jax.jit
+    @jit
     def both(at, v, w):
         runs = [lambda weights, u, p=p: eqx.combine(weights, fixed)(u, p) for p in (None, (False,) * len(grid))]
         return [(jax.jvp(run, at, v)[1], jax.vjp(run, *at)[1](w)) for run in runs]
@@ -130,7 +148,7 @@ def test_single_precision_stays_single(name):
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n != "cnn"])
 def test_a_gated_activation_fits_everywhere(name):
-    network = NETWORKS[name](dims=1, channels_in=2, channels_out=3, activation="gated", key=jax.random.key(0))
+    network = blank(lambda: NETWORKS[name](dims=1, channels_in=2, channels_out=3, activation="gated", key=jax.random.key(0)))
     assert eqx.filter_eval_shape(network, noise((8,))).shape == (3, 8)
 
 
@@ -139,8 +157,8 @@ def test_arguments_of_networks_are_checked():
     for kind, name in ((DilatedResNet, "blocks"), (UNet, "levels"), (FNO, "layers"), (GraphNetwork, "rounds"), (CNN, "width")):
         with pytest.raises(ValueError, match=f"{name}: must be positive, found 0"):
             make(kind, **{name: 0})
-        with pytest.raises(ValueError, match="activation: possible are relu, .* found 'sine'"):
-            make(kind, activation="sine")
+    with pytest.raises(ValueError, match=r"activation: possible are relu, .*; found 'sine'"):
+        activated_channels(4, "sine")
     for kind in (DilatedResNet, UNet, CNN):
         with pytest.raises(ValueError, match="kernel: must be odd, found 4"):
             make(kind, kernel=4)
@@ -152,7 +170,7 @@ def test_arguments_of_networks_are_checked():
         make(FNO, modes=0)
 
 
-# --- each of them --------------------------------------------------------------------------------------------------------------------
+# --- each of them ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_resnet_has_the_published_layers():
@@ -189,35 +207,47 @@ def test_box_means_keep_means_and_cut_cells(n, m):
     np.testing.assert_allclose(found, fine, rtol=0, atol=1e-14)
 
 
+def waves(n, most):
+    """exp(2πi k x) at the n cell centres of a line, k = −most … most."""
+    return np.exp(2j * np.pi * np.outer((np.arange(n) + 0.5) / n, np.arange(-most, most + 1)))
+
+
 def band_limited(grid, most, seed=0):
-    """A function of at most `most` periods per axis, at the cell centres of `grid`."""
-    coarse = (2 * most + 1,) * len(grid)
-    centre = (0.5,) * len(grid)
-    return resample(noise(coarse, seed), grid, centre, centre)
+    """A real function of at most `most` periods per axis, at the cell centres of `grid`; the same one for every grid."""
+    rng = np.random.default_rng(seed)
+    u = rng.standard_normal((2, *(2 * most + 1,) * len(grid))) + 1j * rng.standard_normal((2, *(2 * most + 1,) * len(grid)))
+    for a, n in enumerate(grid, start=1):
+        u = np.moveaxis(np.tensordot(waves(n, most), u, axes=(1, a)), 0, a)
+    return jnp.asarray(u.real)
 
 
-@pytest.mark.parametrize(("dims", "n", "modes"), [(1, (9, 20), 4), (2, (8, 16), 4), (2, (8, 12), 2), (3, (7, 8), 3)])
+def amplitudes(u, most):
+    """The Fourier coefficients of at most `most` periods per axis."""
+    u = np.asarray(u)
+    for a, n in enumerate(u.shape[1:], start=1):
+        u = np.moveaxis(np.tensordot(waves(n, most).conj().T / n, u, axes=(1, a)), 0, a)
+    return u
+
+
+@pytest.mark.parametrize(("dims", "n", "modes"), [(1, (9, 20), 4), (2, (8, 15), 9), (2, (8, 12), 2), (3, (7, 8), 3)])
 def test_a_spectral_convolution_is_one_of_functions_not_of_grids(dims, n, modes):
     """The same weights make the same function of the same function, on odd and even grids."""
-    layer = randomised(blank(lambda: SpectralConvolution(dims, 2, 3, (modes,) * dims, key=jax.random.key(0))), 1, 1.0)
-    layer = jax.tree.map(lambda a: a.astype(np.float64), layer)
-    centre, small, large = (0.5,) * dims, (n[0],) * dims, (n[1],) * dims
-    coarse, fine = (np.asarray(applied(layer, band_limited(shape, 3))) for shape in (small, large))
+    layer = drawn(lambda: SpectralConvolution(dims, 2, 3, (modes,) * dims, key=jax.random.key(0)))
+    coarse, fine = (amplitudes(applied(layer, band_limited((m,) * dims, 3)), 3) for m in n)
     size = np.abs(coarse).max()
-    assert np.abs(np.asarray(resample(fine, small, centre, centre)) - coarse).max() <= 1e-13 * size
-    assert np.abs(np.fft.rfftn(fine[0])).max() > 0
-    # the mode of the highest weight is there, and none beyond
-    spectrum = np.abs(np.fft.rfft(fine[0], axis=-1, norm="forward")).max(axis=tuple(range(dims - 1)))
+    assert np.abs(fine - coarse).max() <= 1e-14 * size
+    # the last mode that has a weight is there, and none beyond
     last = min(modes - 1, 3)
-    assert spectrum[last] > 1e-3 * size
-    assert spectrum[last + 1 :].max() <= 1e-14 * size
+    assert np.abs(fine[..., 3 + last]).max() > 1e-3 * size
+    assert np.abs(fine[..., 3 + last + 1 :]).max(initial=0) <= 1e-14 * size
+    spectrum = np.abs(np.fft.rfftn(applied(layer, band_limited((n[1],) * dims, 3)), axes=range(1, dims + 1), norm="forward"))
+    assert spectrum[..., last + 1 :].max() <= 1e-14 * size
 
 
 def test_a_grid_with_fewer_modes_uses_what_it_has():
-    layer = jax.tree.map(
-        lambda a: a.astype(np.float64), randomised(SpectralConvolution(2, 2, 3, (9, 9), key=jax.random.key(0)), 1, 1.0)
-    )
-    fewer = eqx.tree_at(lambda q: (q.weights, q.modes), layer, (layer.weights[:, :, 6:11, :3], (3, 3)))
+    layer = drawn(lambda: SpectralConvolution(2, 2, 3, (9, 9), key=jax.random.key(0)))
+    fewer = drawn(lambda: SpectralConvolution(2, 2, 3, (3, 3), key=jax.random.key(0)))
+    fewer = eqx.tree_at(lambda q: q.weights, fewer, layer.weights[:, :, 6:11, :3])
     for shape in ((6, 5), (5, 6)):
         np.testing.assert_allclose(applied(layer, noise(shape)), applied(fewer, noise(shape)), rtol=0, atol=1e-14)
     highest = jnp.asarray((-1.0) ** np.arange(6))[None, :, None] * jnp.ones((2, 1, 5))
@@ -225,7 +255,7 @@ def test_a_grid_with_fewer_modes_uses_what_it_has():
 
 
 def test_a_spectral_convolution_between_walls_is_one_of_the_mirrored_box():
-    layer = jax.tree.map(lambda a: a.astype(np.float64), SpectralConvolution(1, 2, 3, (3,), key=jax.random.key(0)))
+    layer = drawn(lambda: SpectralConvolution(1, 2, 3, (3,), key=jax.random.key(0)))
     u = noise((9,))
     mirrored = jnp.concatenate([u, jnp.flip(u, 1)], axis=1)
     np.testing.assert_array_equal(applied(layer, u, (False,)), applied(layer, mirrored)[:, :9])
@@ -234,17 +264,11 @@ def test_a_spectral_convolution_between_walls_is_one_of_the_mirrored_box():
 def test_an_fno_runs_at_other_resolutions_than_it_was_trained_at():
     """What is left is what its activation aliases: less and less, as cells become smaller."""
     network = made("fno", 2, 0.5)
-    centre = (0.5, 0.5)
-    small = (12, 12)
-    fine = np.asarray(resample(applied(network, band_limited((96, 96), 2)), small, centre, centre))
-    errors = []
-    for n in (12, 24, 48):
-        out = np.asarray(resample(applied(network, band_limited((n, n), 2)), small, centre, centre))
-        errors.append(np.abs(out - fine).max() / np.abs(fine).max())
+    *coarse, fine = (amplitudes(applied(network, band_limited((n, n), 2)), 4) for n in (12, 24, 48))
+    errors = [np.abs(q - fine).max() / np.abs(fine).max() for q in coarse]
     print(errors)
-    assert errors[0] < 0.05
+    assert 1e-4 < errors[0] < 0.2
     assert errors[1] < 0.2 * errors[0]
-    assert errors[2] < 0.2 * errors[1]
 
 
 def test_the_weights_of_an_fno_are_real_numbers():
@@ -268,9 +292,8 @@ def turned_around(network, axis):
 def test_messages_change_sign_with_the_direction_of_the_face(axis, periodic):
     """m_ij = −m_ji: seen from the other end of an axis every message goes the other way."""
     network, u = made("graph_network", 2), noise((6, 5))
-    messages = eqx.filter_jit(lambda n, q: n.messages(q, periodic))
-    here = np.asarray(messages(network, u))
-    there = np.asarray(messages(turned_around(network, axis), jnp.flip(u, axis + 1)))
+    here = np.asarray(applied(network, u, periodic, "messages"))
+    there = np.asarray(applied(turned_around(network, axis), jnp.flip(u, axis + 1), periodic, "messages"))
     assert here.shape == (2, 3, 6, 5)
     for a in range(2):
         # face i + ½ lies at n − (i + 1) from the other end, and is stored one below
@@ -302,20 +325,20 @@ def test_a_message_is_the_difference_of_both_directions():
 def test_messages_see_so_many_cells_as_there_are_rounds():
     network, u = made("graph_network", 1), noise((12,))
     changed = u.at[:, 5].add(1.0)
-    messages = eqx.filter_jit(lambda n, q: n.messages(q))
-    moved = np.abs(np.asarray(messages(network, changed) - messages(network, u))).max(axis=(0, 1))
+    before, after = (applied(network, q, None, "messages") for q in (u, changed))
+    moved = np.abs(np.asarray(after - before)).max(axis=(0, 1))
     np.testing.assert_array_equal(np.flatnonzero(moved > 1e-12), [3, 4, 5, 6])
     out = np.abs(np.asarray(applied(network, changed) - applied(network, u))).max(axis=0)
     np.testing.assert_array_equal(np.flatnonzero(out > 1e-12), [3, 4, 5, 6, 7])
 
 
-# --- what closures ask for ------------------------------------------------------------------------------------------------------------
+# --- what closures ask for -------------------------------------------------------------------------------------------------------
 
 
 def test_a_network_of_its_own_has_arguments_of_its_own():
     common = {"width": 16, "depth": 3, "kernel": 3, "activation": "gelu", "key": jax.random.key(0)}
-    assert isinstance(make_network(None, 1, 2, 3, **common), CNN)
-    assert isinstance(make_network(partial(UNet, width=2), 1, 2, 3, **common), UNet)
+    assert isinstance(blank(lambda: make_network(None, 1, 2, 3, **common)), CNN)
+    assert isinstance(blank(lambda: make_network(partial(UNet, width=2), 1, 2, 3, **common)), UNet)
     for name, value in (("width", 8), ("depth", 1), ("kernel", 5), ("activation", "relu")):
         with pytest.raises(ValueError, match=f"{name}: found {value!r} beside a network of its own; give it inside `network`"):
             make_network(UNet, 1, 2, 3, **{**common, name: value})
