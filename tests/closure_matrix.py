@@ -64,9 +64,27 @@ CELLS = [
     (network, place, solver) for network, places in SUPPORTED.items() for place, solvers in places.items() for solver in solvers
 ]
 
-TOGETHER: dict[tuple[str, str, tuple[str, ...]], None] = {
-    (network, solver, tuple(p for n, p, s in CELLS if (n, s) == (network, solver) and (p == "replacement") == alone)): None
-    for network, _, solver in CELLS
+TOGETHER = [
+    (network, solver, places)
+    for network, solver in dict.fromkeys((n, s) for n, _, s in CELLS)
     for alone in (False, True)
-}
+    if (places := tuple(p for n, p, s in CELLS if (n, s) == (network, solver) and (p == "replacement") == alone))
+]
 """(network, solver, places): every cell once, closures of one network in one solver at once; a replacement stands alone."""
+
+
+def table() -> str:
+    """The table of docs/closures.md: one row per network and place, one column per solver."""
+    names = {
+        "cnn": "`cnn`",
+        "graph_flux": "closure `graph_flux`",
+        "tensor_basis_flux": "closure `tensor_basis_flux`",
+        **{name: f"`{name}`" for name in ("dilated_resnet", "unet", "fno", "graph_network")},
+    }
+    head = ["network", "place", *(title.replace(", ", ",<br>") for title in SOLVERS.values())]
+    lines = [head, ["---"] * 2 + [":-:"] * len(SOLVERS)]
+    for network, places in SUPPORTED.items():
+        for place, solvers in places.items():
+            marks = ["●" if (network, place, s) in DEFAULT else "○" if s in solvers else "" for s in SOLVERS]
+            lines.append([names[network], f"`{place}`", *marks])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
