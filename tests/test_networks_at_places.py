@@ -115,7 +115,8 @@ def train_and_compare(network, places, name):
     for each in gradient:
         leaves = [np.asarray(g) for g in jax.tree.leaves(each)]
         assert all(np.isfinite(g).all() for g in leaves)
-        assert all(g.any() for g in leaves)
+        # a constant flux does nothing, so that the bias of the last layer may have no slope
+        assert sum(not g.any() for g in leaves) <= (1 if "flux" in places else 0)
     optimiser = optax.adam(1e-6)
     updates, _ = optimiser.update(gradient, optimiser.init(weights))
     after = optax.apply_updates(weights, updates)
