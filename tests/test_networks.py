@@ -111,7 +111,7 @@ def test_walls_are_no_periodic_sides(name):
     assert (walled[-1] > 1e-6) == (name == "fno")
 
 
-@pytest.mark.parametrize("dims", ["1d", "2d", pytest.param("3d", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dims", ["1d", *(pytest.param(d, marks=pytest.mark.slow) for d in ("2d", "3d"))])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_forward_and_backward_derivatives_agree(name, dims):
     """⟨Jv, w⟩ = ⟨v, Jᵀw⟩ in weights and input, periodic and between walls."""
