@@ -340,8 +340,10 @@ class LearnedInterpolation(Interpolation):
       channel.
     - `width`, `depth`, `kernel`, `activation`, `network`, `velocity_scale`, `inputs`, `scalar_scale`, `density_scale`,
       `temperature_scale`: as in `LearnedFlux`.
-    - `bound`: b > 0, the largest |a|. Up to 0.25 linear advection stays stable with `plm_*` (without limiter, up to 0.5) and
-      `weno5z` (with its ideal weights) for any constant a; with `ppm` no bound is safe. 0.19 leads from `plm_*` to third order.
+    - `bound`: b > 0, the largest |a|. In a gas linear advection stays stable up to 0.25 with `plm_*` (without limiter, up to 0.5)
+      and `weno5z` (with its ideal weights) for any constant a; with `ppm` no bound is safe. 0.19 leads from `plm_*` to third order.
+      On the staggered grid of incompressible flow an a may take from what `van_leer` dissipates or `central` keeps: there nothing
+      but viscosity and training makes a run stable.
     - `shared`: whether all channels have the same coefficients, which makes the network smaller.
 
     Conserves what the solver conserves. Limiters that the scheme has act on its own part only, so shocks may ring.
@@ -395,9 +397,15 @@ class LearnedInterpolation(Interpolation):
     def __call__(self, view: View, memory=None, key=None) -> Float[Array, "axis side c free *grid"]:
         grid, centre, count = view.grid, view.grid.centre, len(self.scaling.names)
         out = self.bound * jnp.tanh(self.network(self.scaling.features(view), grid.periodic))
-        moved = []
-        for a, weights in enumerate(out.reshape(grid.ndim, -1, *grid.shape)):
-            face = view.flux_place(a, 0)
-            moved.append(jax.vmap(lambda q, face=face: view.to(q, centre, face))(weights))
-        weights = jnp.stack(moved).reshape(grid.ndim, 2, 1 if self.shared else count, self.free, *grid.shape)
-        return jnp.broadcast_to(weights, (grid.ndim, 2, count, self.free, *grid.shape))
+        axes = []
+        for a, weights in enumerate(out.reshape(grid.ndim, 2, -1, self.free, *grid.shape)):
+            places = [view.flux_place(a, c) for c in range(count)]
+            alike = len(set(places)) == 1
+            rows = []
+            for c in range(1 if self.shared and alike else count):
+                coefficients = weights[:, 0 if self.shared else c].reshape(-1, *grid.shape)
+                moved = jax.vmap(lambda q, to=places[c]: view.to(q, centre, to))(coefficients)
+                rows.append(moved.reshape(2, self.free, *grid.shape))
+            axes.append(jnp.stack(rows, axis=1))
+        found = jnp.stack(axes)
+        return jnp.broadcast_to(found, (grid.ndim, 2, count, self.free, *grid.shape))

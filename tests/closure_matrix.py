@@ -24,13 +24,14 @@ SOLVERS = {
     "jax_cfd_finite_volume_2d": "jax-cfd 2D, finite volume",
 }
 
-_EVERYWHERE = {"flux": OWN, "source": OWN, "interpolation": GASES, "post_step": OWN, "replacement": OWN}
+FACES = ("finite_volume_2d", "finite_volume_3d", *WALLS, *GASES)
+_EVERYWHERE = {"flux": OWN, "source": OWN, "interpolation": FACES, "post_step": OWN, "replacement": OWN}
 
 SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
     "cnn": {
         "flux": (*OWN, *HOSTED),
         "source": (*OWN, *HOSTED),
-        "interpolation": GASES,
+        "interpolation": FACES,
         "post_step": (*OWN, *HOSTED),
         "replacement": OWN,
     },
@@ -50,6 +51,7 @@ DEFAULT = {
     ("dilated_resnet", "flux", "ks_finite_volume"),
     ("unet", "post_step", "finite_volume_2d"),
     ("unet", "interpolation", "gas_1d"),
+    ("cnn", "interpolation", "finite_volume_2d"),
     ("fno", "flux", "ks_spectral"),
     ("fno", "flux", "walls_2d"),
     ("fno", "replacement", "gas_3d"),

@@ -90,7 +90,7 @@ class Nudge(PostStep):
 
 
 class Faces(Interpolation):
-    """a = 0 of a wrong shape, in a place that only the compressible solver takes."""
+    """a = 0 of a wrong shape, in a place that only finite volumes take."""
 
     def __call__(self, view, memory=None, key=None):
         return 0 * view.u
