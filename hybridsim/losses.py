@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hybridsim import gas
 from hybridsim.contract import AbstractSolver
 from hybridsim.diagnostics import VELOCITIES, is_gas
 from hybridsim.grid import Grid, Place
@@ -84,12 +83,11 @@ def fields_of(solver: AbstractSolver, u: Trajectory) -> Fields:
     if not is_gas(solver.variables):
         others = tuple((v.name, u[:, c : c + 1]) for c, v in enumerate(solver.variables) if c not in rows)
         return Fields(u[:, jnp.asarray(rows)], others)
-    found = gas.gas_of(solver)
-    assert found is not None
     d = solver.grid.ndim
+    gamma = jnp.asarray(solver.equation.gamma, u.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     rho = jnp.where(u[:, :1] > 0, u[:, :1], 1)
     weighted = u[:, 1 : d + 1] / jnp.sqrt(rho)
-    pressure = (found.gamma - 1) * (u[:, d + 1 : d + 2] - 0.5 * jnp.sum(weighted**2, axis=1, keepdims=True))
+    pressure = (gamma - 1) * (u[:, d + 1 : d + 2] - 0.5 * jnp.sum(weighted**2, axis=1, keepdims=True))
     scalars = tuple((v.name, u[:, c : c + 1]) for c, v in enumerate(solver.variables) if c > d + 1)
     return Fields(weighted, (("density", u[:, :1]), ("pressure", pressure), *scalars))
 

@@ -13,16 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressible_flows import gas
 from flows import kolmogorov, learned, random_flow, solver_of, square
+from test_compressible import rough_flow
 
 from hybridsim import losses, reference, windows
 from hybridsim.contract import with_constants
 from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky
+from hybridsim.corrections.learned import LearnedFlux
+from hybridsim.gas import primitive
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.initial import RandomVelocity
 from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
-from hybridsim.solvers.steppers import ETDRK4
+from hybridsim.solvers.steppers import ETDRK4, ForwardEuler
 from hybridsim.storage import Checkpoints, CorruptError, StorageError
 from hybridsim.train import Recipe, Task, TrainingDiverged, gradient_of, train
 from hybridsim.training_log import JsonLines
@@ -406,6 +410,44 @@ def test_constants_never_become_negative():
     outcome = train(_task(model, data), dataclasses.replace(TINY, updates=(10,), rate=0.5, validate_every=1), seed=0)
     assert 0 <= float(outcome.model.closures[0].c) < 0.5
     assert all(r["loss"] is not None for r in outcome.history)
+
+
+def test_a_gas_is_judged_by_velocity_density_and_pressure():
+    solver = gas(Grid((8, 8), (1.0, 1.0)), viscosity=1e-3, scalars={"dye": 1e-3})
+    u = np.stack([rough_flow(solver.grid, seed, mach=0.3, scalars=1) for seed in range(2)])
+    context = _context(solver, jnp.asarray(u, jnp.float32))
+    w = primitive(u, solver.grid, 1.4)
+    weighted = np.sqrt(w.density)[:, None] * w.velocity
+    fields = losses.fields_of(solver, jnp.asarray(u, jnp.float32))
+    np.testing.assert_allclose(fields.velocity, weighted, rtol=1e-5, atol=1e-6)
+    assert [name for name, _ in fields.others] == ["density", "pressure", "dye"]
+    np.testing.assert_allclose(fields.others[1][1][:, 0], w.pressure, rtol=1e-5)
+    truth = jnp.asarray(u, jnp.float32)
+    assert float(losses.state(context, truth, truth, truth[0])) == 0
+    other = truth.at[:, 4].multiply(1.01)  # the dye alone is wrong
+    small = float(losses.state(context, other, truth, truth[0]))
+    assert 0 < small < 1e-3
+    for name in ("dissipation", "spectrum"):
+        assert float(losses.TERMS[name](context, truth, truth, truth[0])) == 0
+        assert float(losses.TERMS[name](context, truth.at[:, 1].multiply(2.0), truth, truth[0])) > 1e-3
+    with pytest.raises(ValueError, match=r"transfer: .* not for a gas"):
+        losses.check_terms({"transfer": 1.0}, solver)
+
+
+@pytest.mark.slow
+def test_gases_of_several_kinds_are_learnt_from_at_once():
+    tasks = []
+    for viscosity in (1e-3, 2e-3):
+        solver = gas(Grid((12,), (1.0,)), gamma=1.4 + 100 * viscosity, viscosity=viscosity)
+        starts = jnp.asarray(np.stack([rough_flow(solver.grid, seed, mach=0.3) for seed in range(3)]), jnp.float32)
+        data = _trajectories(Model(solver, ForwardEuler(), 1e-3, (Smagorinsky(0.3),)), starts, 6)
+        closure = LearnedFlux(1, 4, 1, 3, variables=solver.variables, key=jax.random.key(0))
+        model = Model(solver, ForwardEuler(), 1e-3, (closure,))
+        tasks.append(Task(model, data[:2], data[2:], interval=1e-3, every=1, modes=4, name=f"{viscosity}"))
+    recipe = dataclasses.replace(TINY, choose="error", loss=(("state", 1.0), ("dissipation", 0.1)))
+    outcome = train(tasks, recipe, seed=0)
+    assert all(r["loss"] is not None for r in outcome.history)
+    assert outcome.best_validation["mean_error"] > 0
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------------------
