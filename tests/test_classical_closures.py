@@ -179,11 +179,11 @@ def test_each_is_built_from_its_short_name(use, given, checked):
 @pytest.mark.parametrize(
     ("use", "arguments"),
     [
-        ("dynamic_smagorinsky", []),
-        ("dynamic_smagorinsky", ["average=local"]),
-        ("gradient_model", []),
-        ("gradient_model", ["order=4"]),
-        ("spectral_eddy_viscosity", []),
+        ("dynamic_smagorinsky", {}),
+        ("dynamic_smagorinsky", {"average": "local"}),
+        ("gradient_model", {}),
+        ("gradient_model", {"order": 4}),
+        ("spectral_eddy_viscosity", {}),
     ],
 )
 def test_each_passes_every_check(use, arguments, tmp_path):

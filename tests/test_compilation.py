@@ -87,7 +87,8 @@ def _finite_volume(n):
     return Model(StaggeredFiniteVolume(_square(n), NavierStokes(1e-2)), SSPRK3(), 0.01)
 
 
-@pytest.mark.parametrize("make", [_spectral, pytest.param(_finite_volume, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [_spectral, _finite_volume])
 def test_results_do_not_depend_on_the_options(make):
     """Alone and in a user's own jit (which has none), values, gradients and samples together."""
     model = make(32)

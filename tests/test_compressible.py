@@ -539,7 +539,7 @@ VORTEX = [
     slow("plm_van_leer", "primitive", (32, 64, 128), 4e-3),
     slow("plm_mc", "primitive", (32, 64, 128), 4e-3),
     slow("ppm", "primitive", (32, 64, 128), 4e-3),
-    ("weno5z", "primitive", (16, 32, 64), 4e-3),
+    slow("weno5z", "primitive", (16, 32, 64), 4e-3),
     slow("weno5z", "characteristic", (32, 64, 128), 4e-3),
 ]
 
@@ -853,7 +853,7 @@ def test_density_fluctuations_of_decaying_turbulence(case, mach, seed):
 @pytest.mark.parametrize(
     ("reconstruction", "reconstruct", "boundary", "viscosity", "dims", "limit"),
     [
-        ("plm_van_leer", "primitive", "periodic", 0.0, 2, False),
+        slow("plm_van_leer", "primitive", "periodic", 0.0, 2, False),
         ("weno5z", "primitive", "outflow", 1e-2, 2, True),
         slow("ppm", "characteristic", "reflecting", 0.0, 3, True),
         slow("plm_mc", "primitive", "fixed", 1e-2, 3, True),

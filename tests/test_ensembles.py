@@ -188,7 +188,8 @@ def numbers_on_devices() -> dict:
     return found
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 3])
 def test_several_devices_tell_the_same_story(devices):
     found = _script(devices, "numbers_on_devices")
     assert found["devices"] == devices

@@ -244,7 +244,7 @@ def test_isotropic_forcing_does_exactly_its_power_and_nothing_else(kind, grid, d
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_stirring_is_the_same_on_every_grid_at_every_place_and_in_every_precision(dims):
     lengths = (TWO_PI, 5.0, 4.0)[:dims]
     forcing = _isotropic()

@@ -148,7 +148,8 @@ def test_adjoint_through_a_hundred_steps(kind, convection):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("dims", "force", "closed", "dealias"), [*SETTINGS[:3], pytest.param(*SETTINGS[3], marks=pytest.mark.slow)]
+    ("dims", "force", "closed", "dealias"),
+    [SETTINGS[0], SETTINGS[2], *(pytest.param(*SETTINGS[i], marks=pytest.mark.slow) for i in (1, 3))],
 )
 def test_adjoint_with_scalars_and_forces(dims, force, closed, dealias):
     parameters, final = _scalar_setting(dims, force, closed, dealias)
@@ -180,7 +181,7 @@ def _biased(slope, tangent):
 @pytest.mark.parametrize(("kind", "convection"), [
     ("spectral", ""),
     pytest.param("finite_volume", "van_leer", marks=pytest.mark.slow),
-    ("finite_volume", "central"),
+    pytest.param("finite_volume", "central", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_gradients_equal_central_differences_over_a_short_horizon(kind, convection):
     parameters, final = _setting(kind, convection)
@@ -192,10 +193,8 @@ def test_gradients_equal_central_differences_over_a_short_horizon(kind, convecti
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("dims", "force", "closed", "dealias"), [
-    SETTINGS[0],
-    pytest.param(*SETTINGS[3], marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("dims", "force", "closed", "dealias"), [SETTINGS[0], SETTINGS[3]])
 def test_gradients_with_scalars_and_forces_equal_central_differences(dims, force, closed, dealias):
     parameters, final = _scalar_setting(dims, force, closed, dealias)
     target = 0.3 * _normal(parameters["state"], 7)
@@ -329,7 +328,7 @@ def test_memory_of_the_gradient_through_256_steps(kind):
     assert mebibytes[2] < {"spectral": 5, "finite_volume": 14}[kind]
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", [pytest.param("spectral", marks=pytest.mark.slow), "finite_volume"])
 def test_the_gradient_keeps_to_its_budget(kind):
     """One step's own backward pass comes on top."""
     step = _gradient_memory(kind, 0, (), count=1) / 2**20

@@ -32,7 +32,7 @@ STATES = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STATES)
 def test_the_field_is_the_same_on_every_grid_and_at_every_place(name, dims):
     initial, cells = STATES[name]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 from pathlib import Path
 
 import equinox as eqx
@@ -205,12 +206,12 @@ def test_check_builds_the_network(x64, tmp_path, monkeypatch):
     (tmp_path / "my_net.py").write_text(MY_NET)
     seen = []
 
-    def look(label, solver, closure, file):
+    def look(label, solver, closure, file, first):
         seen.append((type(closure.network).__name__, closure.network.scale))
-        return [Line("place", label, "Flux", "", True)]
+        return types.SimpleNamespace(lines=[Line("place", label, "Flux", "", True)])
 
-    monkeypatch.setattr("hybridsim.check._checks_in", look)
-    closure_lines("learned_flux", ["network={use: my_net.py:MyNet, scale: 1.0}"], tmp_path)
+    monkeypatch.setattr("hybridsim.check._Checks", look)
+    closure_lines("learned_flux", {"network": {"use": "my_net.py:MyNet", "scale": 1.0}}, tmp_path)
     assert set(seen) == {("MyNet", 1.0)}
     assert len(seen) >= 9
 
@@ -218,9 +219,9 @@ def test_check_builds_the_network(x64, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("use", "arguments"),
-    [("learned_flux", [f"network={name}"]) for name in sorted(catalogue("networks"))]
-    + [("graph_flux", ["width=4"]), ("tensor_basis_flux", ["width=4"])],
-    ids=lambda q: q if isinstance(q, str) else q[0],
+    [("learned_flux", {"network": name}) for name in sorted(catalogue("networks"))]
+    + [("graph_flux", {"width": 4}), ("tensor_basis_flux", {"width": 4})],
+    ids=lambda q: q if isinstance(q, str) else str(next(iter(q.values()))),
 )
 def test_every_network_keeps_what_a_closure_promises(x64, tmp_path, use, arguments):
     failed = [line for line in closure_lines(use, arguments, tmp_path) if line.passed is False]

@@ -163,6 +163,7 @@ def test_what_was_found_is_saved_when_it_is_stopped(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "peers.json").read_text())["rows"]) == 1
 
 
+@pytest.mark.slow
 def test_without_exponax_the_others_go_on(monkeypatch):
     """The contest with jax-cfd does not need it, and the refusal says what to do."""
     monkeypatch.setitem(sys.modules, "exponax", None)

@@ -81,7 +81,7 @@ COURANT = 0.1
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("closed", [False, True], ids=["bare", "closure"])
+@pytest.mark.parametrize("closed", [pytest.param(False, id="bare"), pytest.param(True, id="closure", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("reconstruction", "riemann", "stepper"),
     [pytest.param(*s, marks=[pytest.mark.slow] * (s[1] in ("llf", "hllc_low_mach"))) for s in SCHEMES],

@@ -247,6 +247,7 @@ def test_a_line_is_run_and_judged(tmp_path, x64, console):
     assert "statistics error –" in _sentence("wild", wild)
 
 
+@pytest.mark.slow
 def test_three_dimensions_are_run_and_judged(tmp_path, x64, console):
     assert run_experiment(experiment_from(BOX, tmp_path / "box.yaml"), tmp_path / "box", False, console) == 0
     rows = strict(tmp_path / "box/summary.json")["runs"]

@@ -502,6 +502,7 @@ def _eager(solver, stepper, u, dt, count, tendency):
     return solver.decode(z)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_with_the_exact_source_the_coarse_run_is_the_filtered_fine_run():
     """s = restrict(N(u_fine)) − N_coarse(restrict(u_fine)) at every stage, with a scalar: what is missing, and nothing else."""

@@ -15,7 +15,7 @@ from test_compressible import rough_flow
 
 from hybridsim.check import wide_values
 from hybridsim.config import blank
-from hybridsim.contract import AbstractSolver, Flux, Source, View
+from hybridsim.contract import AbstractSolver, Flux, Source, View, with_constants
 from hybridsim.corrections.eddy import Smagorinsky
 from hybridsim.corrections.learned import LearnedFlux
 from hybridsim.corrections.structure import Structured
@@ -758,4 +758,9 @@ def test_what_has_no_structure_is_refused():
     model = Model(solver, ETDRK4(), 0.1, (Structured(Given(jnp.zeros((2, 2, 8, 6)))),))
     with pytest.raises(ValueError, match=r"corrections\[0\]: Structured must return shape \(2, 3, 8, 6\), found \(2, 2, 8, 6\)"):
         model.try_closures(start("spectral"))
-    assert Structured(Smagorinsky()).constants == ("closure.cs",)
+
+
+def test_constants_inside_a_structure_are_trained():
+    closure = with_constants(Structured(Smagorinsky(0.2)), jnp.float32)
+    assert isinstance(closure, Structured)
+    assert [(a.shape, float(a)) for a in jax.tree.leaves(eqx.filter(closure, eqx.is_inexact_array))] == [((), np.float32(0.2))]
