@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from compressible_flows import gas
 from flows import kolmogorov, learned, random_flow, solver_of, square
 from test_compressible import rough_flow
 
 from hybridsim import losses, reference, windows
+from hybridsim.config import experiment_from
 from hybridsim.contract import with_constants
 from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky
 from hybridsim.corrections.learned import LearnedFlux
@@ -28,7 +31,8 @@ from hybridsim.solvers.initial import RandomVelocity
 from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.steppers import ETDRK4, ForwardEuler
 from hybridsim.storage import Checkpoints, CorruptError, StorageError
-from hybridsim.train import Recipe, Task, TrainingDiverged, gradient_of, train
+from hybridsim.train import Recipe, Task, TrainingDiverged, gradient_of, parameters, train
+from hybridsim.training import model_to_train, recipe_of
 from hybridsim.training_log import JsonLines
 
 # --- windows ---------------------------------------------------------------------------------------------------------------------
@@ -527,3 +531,30 @@ def test_tensorboard_reads_what_is_logged(tmp_path):
     found = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, round(e.value, 4)) for e in found.Scalars("loss")] == [(1, 1.0), (2, 0.5), (3, 0.3333)]
     assert [e.value for e in found.Scalars("validation/t95")] == [2, 4, 6]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_training_is_true():
+    """Its YAML is a training, and it names every term of the loss and nothing else."""
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    data = {
+        "equation": "navier_stokes",
+        "domain": {"lengths": [6.28, 6.28]},
+        "initial": "random_velocity",
+        "time": {"end": 1.0, "frames": 10},
+        "reference": {"solver": "spectral", "shape": [128, 128]},
+        "runs": {"mine": {"solver": "spectral", "shape": [64, 64], "dt": 0.0125, "corrections": ["smagorinsky"]}},
+        **yaml.safe_load(block),
+    }
+    experiment = experiment_from(data, Path("page.yaml"))
+    assert experiment.spec.train is not None
+    recipe = recipe_of(experiment.spec.train)
+    assert len(experiment.variants) == 2
+    assert recipe.longest == 18
+    assert set(dict(recipe.loss)) == set(losses.TERMS)
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(losses.TERMS)
+    for task in (experiment, *experiment.variants):
+        assert parameters(model_to_train(task, 0)[0].closures) == 1
