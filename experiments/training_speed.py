@@ -136,7 +136,7 @@ def update_times(
     closure = LearnedFlux(variables=solver.variables, key=jax.random.key(0), **options)
     model = Model(solver, stepper, dt, (closure,))
     lengths = (1, 4, 16)
-    recipe = Recipe(lengths, (rounds + 2,) * 3, validate_every=10**6, devices=devices, checkpoint_levels=1)
+    recipe = Recipe(lengths, (rounds + 2,) * 3, validate_every=10**6, devices=devices)
     task = Task(model, data[:3], data[3:, :2], interval=every * dt, every=every, modes=4)
     stamps: list[float] = []
     written = 0.0
