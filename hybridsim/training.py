@@ -3,7 +3,7 @@
 import datetime
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,25 +153,15 @@ def training_windows(experiment: "Experiment", progress: Progress) -> Windows:
 def recipe_of(spec: "Train") -> Recipe:
     """The recipe that the YAML's section `train` describes."""
     terms = tuple((name, weight) for name in losses.TERMS if (weight := getattr(spec.loss, name)))
-    same = ("batch", "rate", "clip", "power", "validate_every", "warm_up", "truncate", "noise", "schedule", "rate_warm_up")
-    same += (
-        "final_rate",
-        "weight_decay",
-        "average",
-        "choose",
-        "stop_after",
-        "memory",
-        "checkpoint_levels",
-        "patience",
-        "rollbacks",
-    )
+    other = ("unroll", "updates", "loss", "devices")
+    same = {field.name: getattr(spec, field.name) for field in fields(Recipe) if field.name not in other}
     try:
         return Recipe(
             unroll=tuple(spec.unroll),
             updates=tuple(spec.updates),
             loss=terms,
             devices=spec.mesh.batch if spec.mesh else 0,
-            **{name: getattr(spec, name) for name in same},
+            **same,
         )
     except ValueError as error:
         raise ConfigError(f"train.{error}") from None
