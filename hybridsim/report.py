@@ -1479,9 +1479,9 @@ def _loss_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figur
     """Loss over updates, with the unroll lengths and the validation scores."""
     histories = {name: [_flat(r) for r in records] for name, records in histories.items()}
     first = next(iter(histories.values()))
-    scores = list(dict.fromkeys(k for h in histories.values() for r in h for k in r if str(k).startswith(("validation", "score"))))[
-        :2
-    ]
+    # a score that has no number in any record (nothing was crossed, say) has no panel
+    named = (k for h in histories.values() for r in h for k, v in r.items() if isinstance(v, int | float))
+    scores = list(dict.fromkeys(k for k in named if str(k).startswith(("validation", "score"))))[:2]
     figure = _figure(7.6, 2.9 + 1.6 * len(scores))
     panels = figure.subplots(1 + len(scores), 1, squeeze=False, sharex=True, height_ratios=(2.2, *(1.0 for _ in scores)))[:, 0]
     key = next((k for k in ("update", "step", "epoch") if k in first[0]), None)
