@@ -227,6 +227,10 @@ class AbstractSolver(eqx.Module):
         """Whether `euler` is so large a program that steppers should compile it once, in a loop over their stages."""
         return False
 
+    def for_training(self) -> "AbstractSolver":
+        """The same solver, by another program where one suits gradients of unrolled steps better: those take long to compile."""
+        return self
+
     def free_weights(self) -> int:
         """How many free coefficients an `Interpolation` closure has per face, side and channel; 0 where none are offered."""
         return 0

@@ -283,6 +283,7 @@ def gradient_of(
         whole = eqx.tree_at(lambda m: m.closures, model, eqx.combine(weights, model.closures), is_leaf=lambda x: x is None)
         return window_loss(whole, window, key, how)
 
+    model = eqx.tree_at(lambda m: m.solver, model, model.solver.for_training())
     arrays, fixed = eqx.partition(model, eqx.is_array)
 
     def share(weights: PyTree, arrays: PyTree, windows: Array, numbers: Array, key: Array) -> PyTree:

@@ -3,6 +3,7 @@
 All channels are means over cells. The flux of every channel along axis a lives at the right face of axis a.
 """
 
+import dataclasses
 import math
 from typing import ClassVar, Literal
 
@@ -44,6 +45,8 @@ class CompressibleFiniteVolume(AbstractSolver):
       shocks, keep a high order in waves that are not weak, and cost more.
     - `positivity`: whether the total flux is limited so that density and pressure stay positive (default), as below.
     - `density_floor`, `pressure_floor`: bounds of ρ and p inside the primitive conversion.
+    - `compact`: whether a periodic cube is turned so that one program sweeps the three axes: it compiles in half of the time and
+      takes up to a tenth longer at 16³, up to a half at 32³ (on CPU). The results differ by rounding. Trainings do so anyway.
 
     Order 2 in space with `plm_*`. In one dimension `ppm` and `weno5z` have order 3 and 5 with characteristic variables; with
     primitive ones, whose means are taken from the means of the conserved ones, that holds while the gas is only advected or waves
@@ -68,6 +71,7 @@ class CompressibleFiniteVolume(AbstractSolver):
     positivity: bool = eqx.field(static=True, default=True)
     density_floor: float = eqx.field(static=True, default=1e-12, converter=float)
     pressure_floor: float = eqx.field(static=True, default=1e-12, converter=float)
+    compact: bool = eqx.field(static=True, default=False)
 
     places: ClassVar = (Flux, Source, Interpolation, PostStep, Replacement)
 
@@ -199,6 +203,9 @@ class CompressibleFiniteVolume(AbstractSolver):
     def large_program(self) -> bool:
         return self.grid.ndim == 3
 
+    def for_training(self) -> "CompressibleFiniteVolume":
+        return dataclasses.replace(self, compact=True)
+
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
     def linear(self) -> PyTree | None:
@@ -214,6 +221,7 @@ class CompressibleFiniteVolume(AbstractSolver):
             self.reconstruct,
             self.density_floor,
             self.pressure_floor,
+            compact=self.compact,
         )
 
     def limiter_dt(self, u: Float[Array, "c *grid"], t: Real | float = 0.0) -> Real:

@@ -53,7 +53,7 @@ class Sweep(eqx.Module):
     """One Euler step of the finite volumes in `grid`.
 
     `ends`: conserved variables in the layers below and above the first axis, as many as the scheme looks at, where the cells are a
-    slab of a larger grid; None where the grid has sides of its own.
+    slab of a larger grid; None where the grid has sides of its own. `compact`: whether one program may sweep all axes.
     """
 
     grid: Grid
@@ -64,6 +64,7 @@ class Sweep(eqx.Module):
     density_floor: float = eqx.field(static=True)
     pressure_floor: float = eqx.field(static=True)
     ends: tuple[Array, Array] | None = None
+    compact: bool = eqx.field(static=True, default=False)
 
     # -- primitive variables ----------------------------------------------------------------------------------------------------
 
@@ -438,43 +439,100 @@ class Sweep(eqx.Module):
         self, base: Array, u: Array | None, extra: PyTree, aids: PyTree, t: Real, dt: Real, rough: bool
     ) -> tuple[Array, Float[Array, "d sides c"], Array, Array]:
         """(new, mean fluxes at both sides of each axis, limited faces, least margin) of the cells in `grid`."""
-        at_base = self if "base_ends" not in aids else dataclasses.replace(self, ends=aids["base_ends"])
         scheme = RECONSTRUCTIONS["constant" if rough else self.reconstruction]
-        new, from_ = base, base if u is None else u
-        limited, through = jnp.zeros((), base.dtype), []
-        for axis, (n, h) in enumerate(zip(self.grid.shape, self.grid.spacing, strict=True)):
-            flux = self._total_flux(from_, extra, axis, t, scheme)
-            if aids:
-
-                def shares(base: Array, flux: Array, aids: PyTree, axis: int = axis) -> Array:
-                    if axis == 0:
-                        factor, (below, above) = aids["factor"], aids["factor_ends"]
-                    else:
-                        factor = at_base._factor(base, aids["total"], axis, t, dt)
-                        below, above = self._wrapped(factor, axis, 0)
-                    return at_base._share(base, jnp.concatenate([below, factor, above], axis), flux, axis, t)
-
-                theta = stored(t, shares, base, flux, aids)
-                flux = stored(
-                    t, lambda theta, base, flux, axis=axis: at_base._limited(theta, base, flux, axis, t), theta, base, flux
-                )
-                limited = limited + jnp.sum(part(theta, 1, n + 1, axis) < 1).astype(base.dtype)
-            sides = [part(flux, k, k + 1, axis + 1) for k in (0, n)]
-            closed = self.grid.periodic[axis]
-            through.append(
-                jnp.stack([jnp.zeros_like(q, shape=q.shape[:1]) if closed else q.mean(tuple(range(1, q.ndim))) for q in sides])
-            )
-
-            def updated(q: Array, flux: Array, axis: int = axis, n: int = n, h: float = h) -> Array:
-                return q - (dt / h) * (part(flux, 1, n + 1, axis + 1) - part(flux, 0, n, axis + 1))
-
-            new = stored(t, updated, new, flux)
+        if self._by_turns:
+            new, through, limited = self._turning(base, u, extra, aids, t, dt, scheme)
+        else:
+            new, from_ = base, base if u is None else u
+            limited, through = jnp.zeros((), base.dtype), []
+            for axis in range(self.grid.ndim):
+                new, passed, count = self._one_axis(new, base, from_, extra, aids, axis, t, dt, scheme)
+                limited = limited + count
+                through.append(passed)
+            through = jnp.stack(through)
         if "source" in extra:
             new = new + dt * extra["source"]
         margin = jnp.full((), jnp.inf, base.dtype)
         if not aids:
             margin = jnp.min(stored(t, lambda old, new: self._margin(old, new), *jax.lax.stop_gradient((base, new))))
-        return new, jnp.stack(through), limited, margin
+        return new, through, limited, margin
+
+    def _one_axis(
+        self,
+        new: Array,
+        base: Array,
+        from_: Array,
+        extra: PyTree,
+        aids: PyTree,
+        axis: int,
+        t: Real,
+        dt: Real,
+        scheme: Reconstruction,
+    ) -> tuple[Array, Float[Array, "sides c"], Array]:
+        """(`new` less what the fluxes along `axis` carry away in Δt, their means at both sides, limited faces)."""
+        n, h = self.grid.shape[axis], self.grid.spacing[axis]
+        at_base = self if "base_ends" not in aids else dataclasses.replace(self, ends=aids["base_ends"])
+        limited = jnp.zeros((), base.dtype)
+        flux = self._total_flux(from_, extra, axis, t, scheme)
+        if aids:
+
+            def shares(base: Array, flux: Array, aids: PyTree) -> Array:
+                if axis == 0 and "factor" in aids:
+                    factor, (below, above) = aids["factor"], aids["factor_ends"]
+                else:
+                    factor = at_base._factor(base, aids["total"], axis, t, dt)
+                    below, above = self._wrapped(factor, axis, 0)
+                return at_base._share(base, jnp.concatenate([below, factor, above], axis), flux, axis, t)
+
+            theta = stored(t, shares, base, flux, aids)
+            flux = stored(t, lambda theta, base, flux: at_base._limited(theta, base, flux, axis, t), theta, base, flux)
+            limited = jnp.sum(part(theta, 1, n + 1, axis) < 1).astype(base.dtype)
+        sides = [part(flux, k, k + 1, axis + 1) for k in (0, n)]
+        closed = self.grid.periodic[axis]
+        through = [jnp.zeros_like(q, shape=q.shape[:1]) if closed else q.mean(tuple(range(1, q.ndim))) for q in sides]
+
+        def updated(q: Array, flux: Array) -> Array:
+            return q - (dt / h) * (part(flux, 1, n + 1, axis + 1) - part(flux, 0, n, axis + 1))
+
+        return stored(t, updated, new, flux), jnp.stack(through), limited
+
+    # -- one program for three axes ---------------------------------------------------------------------------------------------
+
+    @property
+    def _by_turns(self) -> bool:
+        """Whether the sweep is `compact` and the axes are alike: a periodic cube of three dimensions, not cut into slabs."""
+        grid = self.grid
+        alike = all(grid.periodic) and len({*grid.shape}) == 1 and len({*grid.spacing}) == 1
+        return self.compact and grid.ndim == 3 and alike and self._slabs() == 1
+
+    def _turning(
+        self, base: Array, u: Array | None, extra: PyTree, aids: PyTree, t: Real, dt: Real, scheme: Reconstruction
+    ) -> tuple[Array, Float[Array, "d sides c"], Array]:
+        """(new, through, limited): the cube is turned so that each axis is the first one in its turn.
+
+        A loop then compiles the sweep along one axis where it would compile three.
+        """
+
+        def turned(q: Array | None) -> Array | None:
+            return None if q is None else jnp.stack([_turned(q, k) for k in range(3)])
+
+        given: dict[str, Any] = {"base": turned(base), "u": turned(u), "aids": {}, "extra": {}}
+        if aids:
+            given["aids"] = {"total": turned(aids["total"])}
+        for name in ("flux", "weights"):
+            if name in extra:
+                given["extra"][name] = jnp.stack([_turned(extra[name][k], k) for k in range(3)])
+
+        def one(_: None, of: PyTree) -> tuple[None, tuple]:
+            at = {name: q[None] for name, q in of["extra"].items()}
+            from_ = of["base"] if of["u"] is None else of["u"]
+            return None, self._one_axis(jnp.zeros_like(base), of["base"], from_, at, of["aids"], 0, t, dt, scheme)
+
+        _, (changes, through, limited) = jax.lax.scan(one, None, given)
+        new = base
+        for k in range(3):
+            new = new + _turned(changes[k], -k)
+        return new, jnp.stack([_turned_channels(q, -k, 1) for k, q in enumerate(through)]), limited.sum()
 
     def _margin(self, old: Float[Array, "c *grid"], new: Float[Array, "c *grid"]) -> Float[Array, "*grid"]:
         """How far ρ and p are above their floors and above what looks suspicious after one stage."""
@@ -482,6 +540,22 @@ class Sweep(eqx.Module):
         for p, q, floor in ((old[0], new[0], self.density_floor), (self.pressure(old), self.pressure(new), self.pressure_floor)):
             left.append(q - jnp.maximum(SUSPICIOUS_SHARE * p, jnp.asarray(floor, q.dtype)))
         return jnp.minimum(left[0], left[1])
+
+
+def _turned_channels(q: Array, times: int, axis: int) -> Array:
+    """The components of momentum after `times` turns by which y becomes x, z becomes y and x becomes z."""
+    first, momentum, rest = (jax.lax.slice_in_dim(q, a, b, axis=axis) for a, b in ((0, 1), (1, 4), (4, q.shape[axis])))
+    return jnp.concatenate([first, jnp.roll(momentum, -times, axis), rest], axis)
+
+
+def _turned(q: Float[Array, "*c x y z"], times: int) -> Float[Array, "*c x y z"]:
+    """An array after `times` turns, as `_turned_channels` has them; (c, *grid), (side, c, free, *grid) or a scalar field."""
+    if times % 3 == 0:
+        return q
+    lead = q.ndim - 3
+    if lead:
+        q = _turned_channels(q, times, 0 if lead == 1 else 1)
+    return jnp.transpose(q, (*range(lead), *(lead + (a + times) % 3 for a in range(3))))
 
 
 def _divided(q: Array, axis: int, slabs: int) -> Array:

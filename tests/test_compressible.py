@@ -1,5 +1,6 @@
 """The compressible solver against exact and published solutions: waves, shocks, vortices, viscosity, and what it must conserve."""
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -892,6 +893,58 @@ def test_slabs_change_nothing(monkeypatch, rng, reconstruction, reconstruct, bou
     for tolerance, a, b in zip((1e-12, 1e-10), one, many, strict=False):
         close = lambda p, q, tol=tolerance: np.testing.assert_allclose(p, q, rtol=tol, atol=tol * float(jnp.abs(p).max()))  # noqa: E731
         jax.tree.map(close, a, b)
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "reconstruct", "viscosity", "limit"),
+    [
+        ("plm_mc", "primitive", 0.01, False),
+        ("plm_mc", "primitive", 0.0, True),
+        pytest.param("weno5z", "characteristic", 0.01, True, marks=pytest.mark.slow),
+        pytest.param("ppm", "primitive", 0.0, False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("x64")
+def test_one_program_for_three_axes_is_the_three(reconstruction, reconstruct, viscosity, limit, rng):
+    """A cube that is turned for each axis: same state, limited faces and gradient, with what closures give."""
+    grid = Grid((6, 6, 6), (1.0, 1.0, 1.0))
+    solver = gas(grid, 1.4, reconstruction=reconstruction, reconstruct=reconstruct, viscosity=viscosity, scalars={"dye": 0.01})
+    rho, p = 10 ** rng.uniform(-2, 1, (2, 6, 6, 6)) if limit else 1 + 0.3 * rng.uniform(size=(2, 6, 6, 6))
+    w = np.stack([rho, *(rng.uniform(-2, 2, (3, 6, 6, 6)) * np.sqrt(p / rho)), p])
+    base = jnp.concatenate([jnp.asarray(conserved(w, 1.4, 3)), jnp.asarray(rho * rng.uniform(size=rho.shape))[None]])
+    u = base * jnp.asarray(1 + 0.01 * rng.standard_normal(base.shape))
+    extra = {
+        "flux": jnp.asarray(0.1 * rng.standard_normal((3, *base.shape))),
+        "source": jnp.asarray(0.1 * rng.standard_normal(base.shape)),
+        "weights": jnp.asarray(0.1 * rng.standard_normal((3, 2, 6, solver.free_weights(), 6, 6, 6))),
+    }
+    t, dt = jnp.asarray(0.0), 0.9 * solver.limiter_dt(base)
+
+    def run(compact):
+        euler = dataclasses.replace(solver, compact=compact)._sweep
+        assert euler._by_turns == compact
+        stage = jax.jit(lambda base, u, extra: euler(base, u, extra, t, dt, limit=limit))
+        if limit:
+            return [stage(base, u, extra)]
+        made = lambda base, extra: jnp.sum(jnp.sin(euler(base, None, extra, t, dt).new))  # noqa: E731
+        return [stage(base, u, extra), jax.jit(jax.grad(made, (0, 1)))(base, extra)]
+
+    three, one = run(False), run(True)
+    assert not limit or float(one[0].limited) > 0
+    for tolerance, a, b in zip((1e-12, 1e-10), three, one, strict=False):
+        close = lambda p, q, tol=tolerance: np.testing.assert_allclose(p, q, rtol=tol, atol=tol * float(jnp.abs(p).max()))  # noqa: E731
+        jax.tree.map(close, a, b)
+
+
+def test_a_box_whose_axes_differ_is_swept_axis_by_axis():
+    for shape, lengths, sides in (
+        ((6, 6, 8), (1.0, 1.0, 1.0), "periodic"),
+        ((6, 6, 6), (1.0, 1.0, 2.0), "periodic"),
+        ((6, 6, 6), (1.0, 1.0, 1.0), "outflow"),
+        ((6, 6), (1.0, 1.0), "periodic"),
+    ):
+        solver = gas(Grid(shape, lengths, (sides, *["periodic"] * (len(shape) - 1))), 1.4)
+        assert not solver.for_training()._sweep._by_turns
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])

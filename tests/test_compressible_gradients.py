@@ -12,6 +12,7 @@ from test_gradients import _mismatches, _norm, _normal
 
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
+from hybridsim.solvers import reconstruction as reconstruction_module
 from hybridsim.solvers.cooling import PowerLawCooling
 from hybridsim.solvers.steppers import SSPRK2, SSPRK3, VL2
 
@@ -64,6 +65,24 @@ def check(found, *names):
 
 
 PAIRS = [(a, b) for a in RECONSTRUCTIONS for b in RIEMANN]
+
+
+def test_rules_by_hand_are_the_derivatives(rng):
+    """The rules of limiters and of WENO5-Z against those that JAX derives, kinks aside, and where all cells are equal."""
+    for function, cells in (
+        (reconstruction_module.van_leer, 2),
+        (reconstruction_module.monotonised_central, 2),
+        (reconstruction_module._weno5z_side, 5),
+    ):
+        q, dq = jnp.asarray(rng.standard_normal((2, cells, 400)))
+        value, change = jax.jvp(function, tuple(q), tuple(dq))
+        expected_value, expected = jax.jvp(function.fun, tuple(q), tuple(dq))
+        np.testing.assert_array_equal(value, expected_value)
+        np.testing.assert_allclose(change, expected, rtol=1e-10, atol=1e-12)
+    for dtype in (jnp.float32, jnp.float64):
+        level = [jnp.full((1,), 1e3, dtype)] * 5
+        _, change = jax.jvp(reconstruction_module._weno5z_side, level, [jnp.ones((1,), dtype)] * 5)
+        np.testing.assert_allclose(change, 1, rtol=8 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.slow
