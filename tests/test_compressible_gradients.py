@@ -227,7 +227,7 @@ def _slopes(parameters, final, count=5):
             at = lambda s: run({**parameters, name: jax.tree.map(lambda p, d: p + s * d, parameters[name], direction)})  # noqa: E731
             return (at(h) - at(-h)) / (2 * h)
 
-        h = {"state": 3e-4, "gamma": 1e-4, "weights": 1e-4}.get(name, 1e-3)  # small: limiters and weights have kinks
+        h = {"state": 1.5e-4, "gamma": 1e-4, "weights": 1e-4}.get(name, 1e-3)  # small: limiters and weights have kinks
         best = (4 * difference(h / 2) - difference(h)) / 3
         assert _norm(slope) > 0
         out[name] = _norm(slope - best) / _norm(slope)
