@@ -131,6 +131,10 @@ def run(experiment: ExperimentName, overrides: Overrides = None, out: Out = None
         _start_jax()
         loaded = _load(experiment, overrides)
         folder = _folder(loaded, out)
+        if loaded.cases:
+            from hybridsim.ablation import sweep_experiment
+
+            return sweep_experiment(loaded, folder, resume, _console(), training=False)
         from hybridsim.experiment import run_experiment
 
         return run_experiment(loaded, folder, resume, _console())
@@ -150,6 +154,10 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
 
             raise ConfigError(f"train: {loaded.name} has no section 'train', so there is nothing to train; add one")
         folder = _folder(loaded, out)
+        if loaded.cases:
+            from hybridsim.ablation import sweep_experiment
+
+            return sweep_experiment(loaded, folder, resume, _console(), training=True)
         from hybridsim.training import train_experiment
 
         return train_experiment(loaded, folder, resume, _console())

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
-from hybridsim.sections import Correction, Flag, Number, Reference, Run, Spec, Structure, Train, Use, argument_names, explain
+from hybridsim.sections import Correction, Flag, Number, Reference, Run, Spec, Structure, Sweep, Train, Use, argument_names, explain
 from hybridsim.yaml_reader import (
     MOST_BYTES,
     ConfigError,
@@ -518,6 +519,34 @@ class Steps(NamedTuple):
     dt: float
 
 
+class Case(NamedTuple):
+    """One case of a sweep: its name (a folder's), the same in words, the run that is ranked, axis -> choice in words, key path ->
+    value, and the experiment of that run alone."""
+
+    name: str
+    title: str
+    run: str
+    values: dict[str, str]
+    changes: dict[str, Any]
+    experiment: "Experiment"
+
+
+MOST_CASES = 1000
+"""No sweep has more cases."""
+
+
+def _word(value: Any) -> str:
+    """A value of a sweep in a few characters."""
+    if isinstance(value, Mapping):
+        rest = [f"{k} {_word(v)}" for k, v in value.items() if k != "use"]
+        return " ".join([*([str(value["use"])] if "use" in value else []), *rest])
+    if isinstance(value, list | tuple):
+        return "×".join(_word(v) for v in value) or "none"
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 class Experiment:
     """A checked experiment: what the YAML says, and how to build each of its objects.
 
@@ -529,7 +558,9 @@ class Experiment:
     - `config_hash`: SHA-256 of `resolved` and `files` as canonical JSON.
     """
 
-    def __init__(self, spec: Spec, path: Path, shipped: bool = False, for_training: bool = False):
+    def __init__(
+        self, spec: Spec, path: Path, shipped: bool = False, for_training: bool = False, data: Mapping[str, Any] | None = None
+    ):
         spec = _untrained(spec) if for_training else spec
         self.spec = spec
         self.path = path
@@ -550,6 +581,79 @@ class Experiment:
         text = json.dumps({"config": self.resolved, "files": self.files}, sort_keys=True, separators=(",", ":"))
         self.config_hash = hashlib.sha256(text.encode()).hexdigest()
         self.variants = [] if spec.train is None else self._variants(spec.train, shipped)
+        self._plain = data
+        self._shipped = shipped
+        self.cases = [] if spec.sweep is None else self._cases(spec.sweep, for_training)
+
+    def _cases(self, sweep: Sweep, for_training: bool) -> "list[Case]":
+        """Every combination of the choices of `sweep.over`, reduced to the run that is ranked."""
+        label = sweep.run or (self.spec.train.run if self.spec.train is not None else None)
+        if label is None:
+            raise ConfigError(f"sweep.run: name the run that is ranked; there are {', '.join(self.labels)}")
+        if label not in self.labels:
+            raise ConfigError(f"sweep.run: there is no run {label!r}; {suggestion(label, self.labels, 'there are')}")
+        if for_training and self.spec.train is not None and label != self.spec.train.run:
+            raise ConfigError(f"sweep.run: training ranks the run that it trains, {self.spec.train.run!r}; found {label!r}")
+        if self._plain is None:
+            raise ConfigError("sweep: an experiment with a sweep has to come from a file or from plain values")
+        axes: list[list[tuple[str, str, dict[str, Any]]]] = []
+        lasts = [key.rpartition(".")[2] for key in sweep.over]
+        for axis, given in sweep.over.items():
+            if isinstance(given, list):
+                last = axis.rpartition(".")[2]
+                shown = last if lasts.count(last) == 1 else axis
+                choices = [(shown, _word(value), {axis: value}) for value in given]
+            else:
+                choices = [(axis, name, changes) for name, changes in given.items()]
+            if not choices:
+                raise ConfigError(f"{key_path(('sweep', 'over', axis))}: there is nothing to choose from; give at least one value")
+            axes.append(choices)
+        count = math.prod(len(choices) for choices in axes)
+        if count > MOST_CASES:
+            raise ConfigError(f"sweep.over: {count} cases are more than {MOST_CASES}; split the sweep")
+        found: dict[str, Case] = {}
+        for chosen in itertools.product(*axes):
+            values = {axis: word for axis, word, _ in chosen}
+            changes = {key: value for _, _, several in chosen for key, value in several.items()}
+            # a number says little without its key
+            words = [
+                word if axis in sweep.over and isinstance(sweep.over[axis], dict) else f"{axis} {word}" for axis, word, _ in chosen
+            ]
+            name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_.") for word in words)
+            name = name if len(name) <= 60 else f"case_{len(found) + 1}"
+            if name.lower() in found:
+                raise ConfigError(
+                    f"sweep.over: two cases are called {name}; write the choices as name: {{key: value}} to tell them apart"
+                )
+            try:
+                experiment = self._changed([label], changes, for_training)
+            except ConfigError as error:
+                raise ConfigError(f"sweep, case {name}: {error}") from None
+            found[name.lower()] = Case(name, ", ".join(words), label, values, changes, experiment)
+        return list(found.values())
+
+    def _changed(self, labels: Sequence[str], changes: Mapping[str, Any], for_training: bool) -> "Experiment":
+        """The experiment with some of its runs and some other values; judged on the modes of the whole one."""
+        data = copy.deepcopy(dict(self._plain or {}))
+        data.pop("sweep", None)
+        data["runs"] = {label: data["runs"][label] for label in labels}
+        data["checks"], data["name"] = {}, self.name
+        if (data.get("train") or {}).get("run") not in labels:
+            data.pop("train", None)
+        data["compare"] = {**(data.get("compare") or {}), "modes": self.modes}
+        for key, value in changes.items():
+            set_key(data, _split(key), copy.deepcopy(value))
+        for run in data["runs"].values():
+            run["may_diverge"] = True
+        coarsest = min(min(run["shape"]) for run in data["runs"].values())
+        if "compare.modes" not in changes:
+            data["compare"]["modes"] = max(1, min(self.modes, coarsest // 2 - 1))
+        return experiment_from(data, self.path, self._shipped, for_training)
+
+    def without_sweep(self) -> "Experiment | None":
+        """The runs that no case changes, as an experiment; None where there are none."""
+        others = [label for label in self.labels if self.cases and label != self.cases[0].run]
+        return self._changed(others, {}, False) if others else None
 
     def _variants(self, train: Train, shipped: bool) -> "list[Experiment]":
         """The experiment once for each of `train.variants`, reduced to the run that is trained."""
@@ -1099,6 +1203,7 @@ class Experiment:
             compare=section(spec.compare, modes=self.modes),
             checks={label: section(checks) for label, checks in spec.checks.items()},
             train=None if spec.train is None else section(spec.train),
+            sweep=None if spec.sweep is None else section(spec.sweep),
         )
 
 
@@ -1287,7 +1392,7 @@ def experiment_from(data: Mapping[str, Any], path: Path, shipped: bool = False, 
         spec = Spec.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, Spec, data)) from None
-    return Experiment(spec, path, shipped, for_training)
+    return Experiment(spec, path, shipped, for_training, data)
 
 
 # --- for editors -----------------------------------------------------------------------------------------------------------------

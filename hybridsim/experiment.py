@@ -378,7 +378,11 @@ def _reference_cost(experiment: "Experiment", dt: float) -> float:
     solver = experiment.reference_solver()
     dtype = np.dtype(experiment.spec.reference.precision)
     u = initial_state(experiment.initial(), jax.random.key(0), solver, dtype)
-    model = Model(solver, experiment.stepper("reference", solver), dt)
+    return cost_of(Model(solver, experiment.stepper("reference", solver), dt), u)
+
+
+def cost_of(model: Model, u: jax.Array) -> float:
+    """Seconds per unit time of a model from one start u, after compilation: the least of a few rounds of ten steps."""
     return _latency(model, _begin(model, u[None], jax.random.split(jax.random.key(0), 1)), 1, 10)
 
 
@@ -817,7 +821,7 @@ def run_experiment(experiment: "Experiment", folder: Path, resume: bool, console
     """Everything that `hybridsim run` does; returns the exit code."""
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         try:
-            return _run_locked(experiment, folder, resume, say)
+            return run_locked(experiment, folder, resume, say)
         except FineRunError as error:
             say.line(f"{error}; lower reference.cfl or refine reference.shape")
             return 3
@@ -862,7 +866,8 @@ def _training_history(experiment: "Experiment") -> dict[str, list[dict[str, Any]
     return found
 
 
-def _run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
+def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
+    """`run_experiment` in a folder whose lock is held."""
     import datetime
     import shutil
 

@@ -1554,14 +1554,15 @@ def training_figure(history: list[dict], path: Path) -> Path:
         raise ValueError("the training history holds no record with a loss")
     with matplotlib.rc_context(STYLE):
         figure = _loss_figure({"": history})
-        storage.atomic_write(path, _png(figure))
+        storage.atomic_write(path, png(figure))
     return Path(path)
 
 
 # The page
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
+    """A figure as the bytes of a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
@@ -1956,7 +1957,7 @@ def write_report(folder: Path) -> Path:
     figures = []
     with matplotlib.rc_context(STYLE):
         for name, title, caption, figure in _figures(found):
-            content = _png(figure)
+            content = png(figure)
             storage.atomic_write(found.path / "figures" / f"{name}.png", content)
             width = round(100 * figure.get_figwidth())
             data = base64.b64encode(content).decode("ascii")

@@ -298,6 +298,20 @@ class Train(Section):
     log: list[Literal["jsonl", "tensorboard"]] = Field(default=["jsonl"], description="where every update is recorded")
 
 
+class Sweep(Section):
+    """An ablation: cases that differ in some keys, ranked by what they reach."""
+
+    says: ClassVar[str] = "sweep"
+    over: Annotated[dict[Text, list[Any] | dict[Text, dict[Text, Any]]], Field(min_length=1)] = Field(
+        description="a key path with the list of its values, or a name with the key paths and values of each choice; "
+        "every combination is a case"
+    )
+    run: Text | None = Field(default=None, description="label of the run that is ranked (default: train.run)")
+    rank: Literal["t95", "t80", "correlation", "error", "spectrum_error", "statistics_error", "temperature_error"] | None = Field(
+        default=None, description="what ranks the cases (default: train.choose; of plain runs t95, of a gas error)"
+    )
+
+
 class Spec(Section):
     """The whole file."""
 
@@ -314,6 +328,7 @@ class Spec(Section):
     compare: Compare = Field(default_factory=Compare)
     checks: dict[str, Checks] = Field(default_factory=dict, description="label of a run, or `all`: limits")
     train: Train | None = None
+    sweep: Sweep | None = None
 
 
 # --- what pydantic found, in one sentence ----------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
     return model, every
 
 
-def _check_fit(experiment: "Experiment", recipe: Recipe) -> None:
+def check_fit(experiment: "Experiment", recipe: Recipe) -> None:
     """Refuses terms, choices and variants that do not go together, before any data are made."""
     spec = experiment.spec.train
     assert spec is not None
@@ -228,16 +228,17 @@ def train_experiment(experiment: "Experiment", folder: Path, resume: bool, conso
     spec = experiment.spec.train
     assert spec is not None
     recipe = recipe_of(spec)
-    _check_fit(experiment, recipe)
+    check_fit(experiment, recipe)
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         try:
-            return _train_locked(experiment, recipe, folder, resume, say)
+            return train_locked(experiment, recipe, folder, resume, say)
         except (TrainingDiverged, FineRunError) as error:
             say.line(str(error))
             return 3
 
 
-def _train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume: bool, say: Reporter) -> int:
+def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume: bool, say: Reporter) -> int:
+    """`train_experiment` in a folder whose lock is held."""
     import yaml
 
     spec = experiment.spec.train

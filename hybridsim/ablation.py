@@ -1,0 +1,411 @@
+"""`sweep:` — the cases of an ablation, one after another, and which of them did best.
+
+`hybridsim train` trains the run of every case with all of its seeds and ranks the cases by what they reached on the validation
+starts; `hybridsim run` runs them and ranks them by the keys of `summary.json`. Each case keeps a folder of its own below `cases/`;
+what is finished is never done again by `--resume`.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridsim import storage
+from hybridsim.progress import Reporter
+from hybridsim.reference import FineRunError, initial_state
+from hybridsim.signals import STOP
+from hybridsim.train import TrainingDiverged, without_closures
+from hybridsim.yaml_reader import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from hybridsim.config import Case, Experiment
+
+LEVEL = 0.9
+"""Of the intervals: Student's t over seeds, the bootstrap over starts."""
+
+GROWS = ("t95", "t80", "correlation")
+"""The larger the better; everything else is an error."""
+
+TRAINED = {"t95": "t95", "t80": "t80", "correlation": "mean_correlation", "error": "mean_error"}
+"""`sweep.rank` -> key of the validation scores."""
+
+Record = dict[str, Any]
+"""What is kept of a case; see `sweep.json`."""
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------------------
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:
+    """x̄ ± t_{n−1} s/√n: the 90 % interval of the mean of normal values; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    mean, half = (
+        float(np.mean(values)),
+        float(t.ppf(0.5 + LEVEL / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5),
+    )
+    return mean - half, mean + half
+
+
+def ranked(records: Sequence[Record], rank: str) -> list[Record]:
+    """The cases from the best to the worst; those without a score come last."""
+    sign = -1.0 if rank in GROWS else 1.0
+    return sorted(records, key=lambda r: math.inf if r["score"] is None else sign * r["score"])
+
+
+def alike(records: Sequence[Record]) -> list[str]:
+    """Names of the cases that cannot be told from the first: their intervals overlap, or neither was followed to its end."""
+    scored = [r for r in records if r["score"] is not None]
+    if not scored:
+        return []
+    first, *others = scored
+    if first["at_least"]:
+        return [r["case"] for r in others if r["at_least"]]
+    if first["interval"] is None:
+        return []
+    low, high = _ends(first)
+    spans = {r["case"]: _ends(r) for r in others if r["interval"] is not None}
+    return [case for case, span in spans.items() if span[0] <= high and span[1] >= low]
+
+
+def _ends(record: Record) -> tuple[float, float]:
+    """The interval of a case; one that was not followed to its end has none."""
+    low, high = record["interval"]
+    return low, math.inf if high is None else high
+
+
+def effects(records: Sequence[Record]) -> dict[str, list[tuple[str, float, int]]]:
+    """axis -> (value, mean score over the cases that have it, how many these are), in the order of the file."""
+    found: dict[str, list[tuple[str, float, int]]] = {}
+    for axis in records[0]["values"] if records else ():
+        rows: dict[str, list[float]] = {}
+        for record in records:
+            rows.setdefault(record["values"][axis], [])
+            if record["score"] is not None:
+                rows[record["values"][axis]].append(record["score"])
+        found[axis] = [(value, float(np.mean(scores)), len(scores)) for value, scores in rows.items() if scores]
+    return found
+
+
+def _reached(scores: Mapping[str, Any], key: str) -> tuple[float | None, bool]:
+    """(value, whether it is only a lower bound) of a score that may not have been crossed."""
+    value = scores.get(key)
+    if value is None and scores.get(f"{key}_at_least") is not None:
+        return float(scores[f"{key}_at_least"]), True
+    return (None if value is None else float(value)), False
+
+
+# --- what one case gives ---------------------------------------------------------------------------------------------------------
+
+
+def _cost(case: "Case") -> dict[str, float]:
+    """Seconds per unit time of one start alone, with the closures and without."""
+    import jax
+
+    from hybridsim.experiment import cost_of
+
+    experiment, label = case.experiment, case.run
+    model = experiment.model_for(label, closures=experiment.closures_for(label, weights=False))
+    u = initial_state(experiment.initial(), jax.random.key(0), model.solver, np.dtype(experiment.dtype(label)))
+    return {"cost": cost_of(model, u), "cost_bare": cost_of(without_closures(model), u)}
+
+
+def _trained(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> Record:
+    from hybridsim.training import recipe_of, train_locked
+
+    train = case.experiment.spec.train
+    assert train is not None
+    try:
+        train_locked(case.experiment, recipe_of(train), folder, resume, say)
+    except (TrainingDiverged, FineRunError) as error:
+        say.line(str(error))
+        return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
+    card = storage.read_json(folder / f"{train.run}.json")
+    found = [_reached(seed["validation"], TRAINED[rank]) for seed in card["seeds"].values()]
+    values = [value for value, _ in found if value is not None]
+    bare, _ = _reached(card["validation_bare"], TRAINED[rank])
+    whole, bound = len(values) == len(found), any(bound for _, bound in found)
+    return {
+        "outcome": "finished" if whole else "not finite",
+        "score": float(np.mean(values)) if whole else None,
+        "interval": interval_of_mean(values) if whole and not bound else None,
+        "scores": values,
+        "at_least": bound,
+        "bare": bare,
+        "parameters": card["parameters"],
+        "training_seconds": float(np.mean([seed["seconds"] for seed in card["seeds"].values()])),
+        **_cost(case),
+    }
+
+
+def _run(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> Record:
+    from hybridsim.experiment import run_locked
+
+    try:
+        run_locked(case.experiment, folder, resume, say)
+    except FineRunError as error:
+        say.line(str(error))
+        return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
+    return _of_summary(storage.read_json(folder / "summary.json")["runs"][case.run], rank)
+
+
+def _of_summary(summary: Mapping[str, Any], rank: str) -> Record:
+    value, bound = _reached(summary, rank)
+    interval = summary.get(f"{rank}_interval")
+    return {
+        "outcome": summary["outcome"],
+        "score": value,
+        "interval": None if bound or interval is None or interval[0] is None else list(interval),
+        "scores": [],
+        "at_least": bound,
+        "parameters": summary["parameters"],
+        "cost": summary["seconds_per_unit_time"],
+    }
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------------
+
+
+def sweep_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console", training: bool) -> int:
+    """Every case of `experiment`, the table, the figure; 0, or 3 where no case reached a score."""
+    rank = _rank(experiment, training)
+    if training:
+        from hybridsim.training import check_fit, recipe_of
+
+        for case in experiment.cases:
+            assert case.experiment.spec.train is not None
+            try:
+                check_fit(case.experiment, recipe_of(case.experiment.spec.train))
+            except ConfigError as error:
+                raise ConfigError(f"sweep, case {case.name}: {error}") from None
+    with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
+        return _sweep_locked(experiment, folder, resume, say, training, rank)
+
+
+def _rank(experiment: "Experiment", training: bool) -> str:
+    """What the cases are ranked by; refuses what this command does not measure."""
+    from hybridsim.diagnostics import is_gas
+
+    sweep, train = experiment.spec.sweep, experiment.spec.train
+    assert sweep is not None
+    keys = {key for case in experiment.cases for key in case.changes if key.startswith("train.")}
+    if keys and not training:
+        raise ConfigError(f"sweep.over.{min(keys)}: a run trains nothing, so its cases would be alike; use hybridsim train")
+    of_gas = is_gas(experiment.cases[0].experiment.solver(experiment.cases[0].run).variables)
+    if sweep.rank is None:
+        return train.choose if training and train is not None else ("error" if of_gas else "t95")
+    if training and sweep.rank not in TRAINED:
+        raise ConfigError(f"sweep.rank: training measures {', '.join(TRAINED)}; found {sweep.rank!r}")
+    if not training and sweep.rank == "correlation":
+        raise ConfigError("sweep.rank: a run has no mean correlation; choose t95 or t80")
+    if sweep.rank == "error" and not of_gas:
+        raise ConfigError("sweep.rank: only a gas has an error; choose t95")
+    return sweep.rank
+
+
+def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter, training: bool, rank: str) -> int:
+    import yaml
+
+    marker, cases = folder / "sweep_hash.json", folder / "cases"
+    identity = [experiment.config_hash, "train" if training else "run"]
+    if resume and marker.exists() and storage.read_json(marker) != identity:
+        raise storage.StorageError(
+            f"{folder}: holds the sweep of another configuration; resume with the same YAML, or choose another --out"
+        )
+    if not (resume and marker.exists()) and cases.exists():
+        shutil.rmtree(cases)
+    storage.write_json(marker, identity)
+    storage.atomic_write(folder / "config.yaml", yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True))
+    count = len(experiment.cases)
+    say.line(f"sweep of {experiment.name}: {count} cases → {folder}")
+    baselines = {} if training else _baselines(experiment, folder, resume, say, rank)
+    records: list[Record] = []
+    one: Callable[..., Record] = _trained if training else _run
+    for i, case in enumerate(experiment.cases):
+        STOP.check()
+        place, kept = cases / case.name, cases / case.name / "case.json"
+        done = storage.read_json(kept) if kept.exists() else None
+        if done is not None and done["config_hash"] == case.experiment.config_hash:
+            say.line(f"case {i + 1} of {count}, {case.name}: done before")
+            record = done
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            say.line(f"case {i + 1} of {count}, {case.name}")
+            record = {
+                "case": case.name,
+                "title": case.title,
+                "values": case.values,
+                "changes": case.changes,
+                "config_hash": case.experiment.config_hash,
+                **one(case, place, resume, say, rank),
+            }
+            storage.write_json(kept, record)
+        records.append(record)
+        write_results(folder, experiment.title, records, rank, training, count, baselines)
+    order = ranked(records, rank)
+    for line in _lines(order, rank):
+        say.line(line)
+    say.line(f"table: {folder / 'sweep.md'}; figure: {folder / 'figures' / 'sweep.png'}")
+    return 3 if all(r["score"] is None for r in records) else 0
+
+
+def _baselines(experiment: "Experiment", folder: Path, resume: bool, say: Reporter, rank: str) -> dict[str, Record]:
+    """The other runs of the experiment, once: label -> what they reached."""
+    from hybridsim.experiment import run_locked
+
+    others = experiment.without_sweep()
+    if others is None:
+        return {}
+    place = folder / "cases" / "others"
+    summary = place / "summary.json"
+    if not (summary.exists() and storage.read_json(summary)["config_hash"] == others.config_hash):
+        place.mkdir(parents=True, exist_ok=True)
+        say.line(f"the other runs: {', '.join(others.labels)}")
+        run_locked(others, place, resume, say)
+    return {label: _of_summary(found, rank) for label, found in storage.read_json(summary)["runs"].items()}
+
+
+# --- what is written -------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, bound: bool = False) -> str:
+    return "–" if value is None else f"{'≥ ' if bound else ''}{value:.3f}"
+
+
+def _with_interval(record: Record) -> str:
+    text = _number(record["score"], record["at_least"])
+    if record["interval"] is not None:
+        low, high = _ends(record)
+        text += f" [{low:.3f}, {'beyond the end' if high == math.inf else f'{high:.3f}'}]"
+    return text
+
+
+def _lines(order: Sequence[Record], rank: str) -> list[str]:
+    lines = [f"{i + 1:3d}. {r['case']}: {rank} {_with_interval(r)}" for i, r in enumerate(order)]
+    same = alike(order)
+    if same:
+        lines.append(f"not to be told from the first: {', '.join(same)}")
+    return lines
+
+
+def table(title: str, order: Sequence[Record], rank: str, training: bool, count: int, others: Mapping[str, Record]) -> str:
+    """The ranked table as Markdown, with what each choice is worth."""
+    axes = list(order[0]["values"])
+    of = "validation starts, mean over seeds" if training else "test starts"
+    spread = f"{100 * LEVEL:.0f} % interval: " + ("Student's t over seeds" if training else "bootstrap over starts")
+    better = "the larger the better" if rank in GROWS else "the smaller the better"
+    seeds, bare = any(r["scores"] for r in order), any(r.get("bare") is not None for r in order)
+    heads = ["", *axes, f"{rank} [interval]", *(["each seed"] if seeds else []), *(["without closure"] if bare else [])]
+    heads += ["parameters", "ms per unit time", *(["× the bare cost"] if training else []), *(["training, s"] if training else [])]
+    lines = [f"# {title}: {count} cases", ""]
+    if len(order) < count:
+        lines += [f"{len(order)} of {count} cases are finished.", ""]
+    lines += [f"{rank} on {of}, {better}; {spread}.", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+
+    def row(place: str, names: Sequence[str], r: Record) -> str:
+        cells = [place, *names, _with_interval(r) if r["score"] is not None else r["outcome"].split(";")[0]]
+        cells += [" · ".join(_number(x) for x in r["scores"])] if seeds else []
+        cells += [_number(r.get("bare"))] if bare else []
+        cost = r.get("cost")
+        cells += [str(r.get("parameters", "–")), "–" if cost is None else f"{1e3 * cost:.3g}"]
+        if training:
+            cells += ["–" if cost is None else f"{cost / r['cost_bare']:.2f}", f"{r.get('training_seconds', math.nan):.0f}"]
+        return "| " + " | ".join(cells) + " |"
+
+    lines += [row(str(i + 1), list(r["values"].values()), r) for i, r in enumerate(order)]
+    for label, r in others.items():
+        lines.append(row("", [label, *[""] * (len(axes) - 1)], r))
+    same = alike(order)
+    if same:
+        lines += ["", f"Not to be told from the first (the intervals overlap, or both reach the end): {', '.join(same)}."]
+    if len(axes) > 1:
+        lines += ["", f"What each choice is worth: mean {rank} over the cases that made it.", "", "| | | mean | cases |"]
+        lines += ["| --- | --- | --- | --- |"]
+        for axis, rows in effects(order).items():
+            best_first = sorted(rows, key=lambda x: -x[1] if rank in GROWS else x[1])
+            lines += [f"| {axis} | {value} | {mean:.3f} | {number} |" for value, mean, number in best_first]
+    return "\n".join(lines) + "\n"
+
+
+def write_results(
+    folder: Path, title: str, records: Sequence[Record], rank: str, training: bool, count: int, others: Mapping[str, Record]
+) -> None:
+    """`sweep.json`, `sweep.md` and `figures/sweep.png` of the cases that are finished."""
+    import matplotlib
+
+    from hybridsim.report import STYLE, png
+
+    order = ranked(records, rank)
+    storage.write_json(
+        folder / "sweep.json",
+        {
+            "title": title,
+            "rank": rank,
+            "measured_on": "validation" if training else "test",
+            "cases": [{**r, "place": i + 1} for i, r in enumerate(order)],
+            "others": dict(others),
+            "not_told_from_the_first": alike(order),
+            "effects": effects(records),
+            "finished": len(records),
+            "count": count,
+            "versions": storage.environment(),
+        },
+    )
+    storage.atomic_write(folder / "sweep.md", table(title, order, rank, training, count, others))
+    (folder / "figures").mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        storage.atomic_write(folder / "figures" / "sweep.png", png(_figure(title, order, rank, training, others)))
+
+
+def _figure(title: str, order: Sequence[Record], rank: str, training: bool, others: Mapping[str, Record]) -> "Figure":
+    """One row per case, best on top: seeds as small dots, the mean with its interval, the bare run and others as lines."""
+    from matplotlib.figure import Figure
+
+    from hybridsim.report import PALETTE
+
+    axes = list(order[0]["values"])
+    kinds = list(dict.fromkeys(r["values"][axes[0]] for r in order))
+    figure = Figure(figsize=(7.5, 1.5 + 0.32 * len(order)), layout="constrained")
+    ax = figure.subplots()
+    spans: list[tuple[int, float, float, str]] = []
+    for y, r in enumerate(order):
+        colour = PALETTE[kinds.index(r["values"][axes[0]]) % len(PALETTE)]
+        if r["score"] is None:
+            ax.text(
+                0.01, y, " " + r["outcome"].split(";")[0], transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="0.4"
+            )
+            continue
+        if r["interval"] is not None:
+            low, high = _ends(r)
+            spans.append((y, low, high, colour))
+            ax.plot([low, high if math.isfinite(high) else r["score"]], [y, y], alpha=0)
+        ax.plot(r["scores"], [y] * len(r["scores"]), "o", color=colour, markersize=3.5, alpha=0.7)
+        ax.plot(r["score"], y, ">" if r["at_least"] else "D", color=colour, markersize=6, markeredgecolor="white")
+    bare = {r["bare"] for r in order if r.get("bare") is not None}
+    if len(bare) == 1:
+        others = {"without closure": {"score": bare.pop()}, **others}
+    for i, (label, r) in enumerate((name, r) for name, r in others.items() if r["score"] is not None):
+        ax.axvline(r["score"], color="0.35", linewidth=1.2, linestyle=("--", ":", "-.", (0, (5, 1, 1, 1)))[i % 4], label=label)
+    ax.autoscale(axis="x")
+    right = ax.get_xlim()[1]
+    for y, low, high, colour in spans:
+        ax.plot([low, min(high, right)], [y, y], color=colour, linewidth=2.5, alpha=0.35, solid_capstyle="butt", zorder=1)
+        if high == math.inf:
+            ax.plot(right, y, ">", color=colour, markersize=6, clip_on=False)
+    ax.set_xlim(right=right)
+    ax.set_yticks(range(len(order)), [r["title"] for r in order])
+    ax.set_ylim(len(order) - 0.4, -0.6)
+    ax.set_xlabel(f"{rank} on {'validation' if training else 'test'} starts, {100 * LEVEL:.0f} % interval")
+    ax.set_title(title, loc="left")
+    ax.grid(axis="y", visible=False)
+    if ax.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
