@@ -154,7 +154,9 @@ def _run(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> 
     except FineRunError as error:
         say.line(str(error))
         return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
-    return _of_summary(storage.read_json(folder / "summary.json")["runs"][case.run], rank)
+    runs = storage.read_json(folder / "summary.json")["runs"]
+    beside = {label: _of_summary(found, rank) for label, found in runs.items() if label != case.run}
+    return {**_of_summary(runs[case.run], rank), "beside": beside}
 
 
 def _of_summary(summary: Mapping[str, Any], rank: str) -> Record:
@@ -249,9 +251,10 @@ def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
             }
             storage.write_json(kept, record)
         records.append(record)
-        write_results(folder, experiment.title, records, rank, training, count, baselines)
-    order = ranked(records, rank)
-    for line in _lines(order, rank):
+        write_results(folder, experiment, records, rank, training, baselines)
+    sweep = experiment.spec.sweep
+    assert sweep is not None
+    for line in _lines(records if sweep.order == "file" else ranked(records, rank), rank, sweep.order == "rank"):
         say.line(line)
     say.line(f"table: {folder / 'sweep.md'}; figure: {folder / 'figures' / 'sweep.png'}")
     return 3 if all(r["score"] is None for r in records) else 0
@@ -288,30 +291,47 @@ def _with_interval(record: Record) -> str:
     return text
 
 
-def _lines(order: Sequence[Record], rank: str) -> list[str]:
-    lines = [f"{i + 1:3d}. {r['case']}: {rank} {_with_interval(r)}" for i, r in enumerate(order)]
-    same = alike(order)
-    if same:
+def _lines(order: Sequence[Record], rank: str, placed: bool) -> list[str]:
+    lines = []
+    for i, r in enumerate(order):
+        beside = "".join(f"; {label} {_with_interval(other)}" for label, other in r.get("beside", {}).items())
+        lines.append(f"{f'{i + 1:3d}. ' if placed else '  '}{r['case']}: {rank} {_with_interval(r)}{beside}")
+    if placed and (same := alike(order)):
         lines.append(f"not to be told from the first: {', '.join(same)}")
     return lines
 
 
-def table(title: str, order: Sequence[Record], rank: str, training: bool, count: int, others: Mapping[str, Record]) -> str:
-    """The ranked table as Markdown, with what each choice is worth."""
-    axes = list(order[0]["values"])
+def table(
+    title: str,
+    order: Sequence[Record],
+    rank: str,
+    training: bool,
+    count: int,
+    others: Mapping[str, Record],
+    placed: bool = True,
+    run: str = "",
+) -> str:
+    """The table as Markdown, with what each choice is worth; `placed`: the cases are in the order of their rank."""
+    axes, beside = list(order[0]["values"]), list(order[0].get("beside", {}))
     of = "validation starts, mean over seeds" if training else "test starts"
     spread = f"{100 * LEVEL:.0f} % interval: " + ("Student's t over seeds" if training else "bootstrap over starts")
     better = "the larger the better" if rank in GROWS else "the smaller the better"
     seeds, bare = any(r["scores"] for r in order), any(r.get("bare") is not None for r in order)
-    heads = ["", *axes, f"{rank} [interval]", *(["each seed"] if seeds else []), *(["without closure"] if bare else [])]
-    heads += ["parameters", "ms per unit time", *(["× the bare cost"] if training else []), *(["training, s"] if training else [])]
+    heads = [*([""] if placed else []), *axes]
+    heads += [f"{label}, {rank}" for label in (run, *beside)] if beside else [f"{rank} [interval]"]
+    heads += [*(["each seed"] if seeds else []), *(["without closure"] if bare else []), "parameters", "ms per unit time"]
+    heads += ["× the bare cost", "training, s"] if training else []
     lines = [f"# {title}: {count} cases", ""]
     if len(order) < count:
         lines += [f"{len(order)} of {count} cases are finished.", ""]
     lines += [f"{rank} on {of}, {better}; {spread}.", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
 
+    def reached(r: Record) -> str:
+        return _with_interval(r) if r["score"] is not None else r["outcome"].split(";")[0]
+
     def row(place: str, names: Sequence[str], r: Record) -> str:
-        cells = [place, *names, _with_interval(r) if r["score"] is not None else r["outcome"].split(";")[0]]
+        cells = [*([place] if placed else []), *names, reached(r)]
+        cells += [reached(r["beside"][label]) if label in r.get("beside", {}) else "" for label in beside]
         cells += [" · ".join(_number(x) for x in r["scores"])] if seeds else []
         cells += [_number(r.get("bare"))] if bare else []
         cost = r.get("cost")
@@ -323,8 +343,7 @@ def table(title: str, order: Sequence[Record], rank: str, training: bool, count:
     lines += [row(str(i + 1), list(r["values"].values()), r) for i, r in enumerate(order)]
     for label, r in others.items():
         lines.append(row("", [label, *[""] * (len(axes) - 1)], r))
-    same = alike(order)
-    if same:
+    if placed and (same := alike(order)):
         lines += ["", f"Not to be told from the first (the intervals overlap, or both reach the end): {', '.join(same)}."]
     if len(axes) > 1:
         lines += ["", f"What each choice is worth: mean {rank} over the cases that made it.", "", "| | | mean | cases |"]
@@ -336,64 +355,80 @@ def table(title: str, order: Sequence[Record], rank: str, training: bool, count:
 
 
 def write_results(
-    folder: Path, title: str, records: Sequence[Record], rank: str, training: bool, count: int, others: Mapping[str, Record]
+    folder: Path, experiment: "Experiment", records: Sequence[Record], rank: str, training: bool, others: Mapping[str, Record]
 ) -> None:
     """`sweep.json`, `sweep.md` and `figures/sweep.png` of the cases that are finished."""
     import matplotlib
 
     from hybridsim.report import STYLE, png
 
-    order = ranked(records, rank)
+    assert experiment.spec.sweep is not None
+    placed, title, count = experiment.spec.sweep.order == "rank", experiment.title, len(experiment.cases)
+    best_first = ranked(records, rank)
+    order = best_first if placed else records
     storage.write_json(
         folder / "sweep.json",
         {
             "title": title,
+            "run": experiment.cases[0].run,
             "rank": rank,
             "measured_on": "validation" if training else "test",
-            "cases": [{**r, "place": i + 1} for i, r in enumerate(order)],
+            "cases": [{**r, "place": best_first.index(r) + 1} for r in order],
             "others": dict(others),
-            "not_told_from_the_first": alike(order),
+            "not_told_from_the_first": alike(best_first),
             "effects": effects(records),
             "finished": len(records),
             "count": count,
             "versions": storage.environment(),
         },
     )
-    storage.atomic_write(folder / "sweep.md", table(title, order, rank, training, count, others))
+    text = table(title, order, rank, training, count, others, placed, experiment.cases[0].run)
+    storage.atomic_write(folder / "sweep.md", text)
     (folder / "figures").mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        storage.atomic_write(folder / "figures" / "sweep.png", png(_figure(title, order, rank, training, others)))
+        figure = _figure(title, order, rank, training, others, experiment.cases[0].run)
+        storage.atomic_write(folder / "figures" / "sweep.png", png(figure))
 
 
-def _figure(title: str, order: Sequence[Record], rank: str, training: bool, others: Mapping[str, Record]) -> "Figure":
-    """One row per case, best on top: seeds as small dots, the mean with its interval, the bare run and others as lines."""
+def _draw(ax: Any, y: float, r: Record, colour: str, marker: str, spans: list) -> None:
+    """One result at height y: its seeds, its mean; what has an interval goes to `spans`, to be drawn when the axis is known."""
+    if r["interval"] is not None:
+        low, high = _ends(r)
+        spans.append((y, low, high, colour))
+        ax.plot([low, high if math.isfinite(high) else r["score"]], [y, y], alpha=0)
+    ax.plot(r["scores"], [y] * len(r["scores"]), "o", color=colour, markersize=3.5, alpha=0.7)
+    ax.plot(r["score"], y, ">" if r["at_least"] else marker, color=colour, markersize=6, markeredgecolor="white")
+
+
+def _figure(title: str, order: Sequence[Record], rank: str, training: bool, others: Mapping[str, Record], run: str) -> "Figure":
+    """One row per case: seeds as small dots, means with their intervals, runs beside it below; bare and other runs as lines."""
     from matplotlib.figure import Figure
 
     from hybridsim.report import PALETTE
 
-    axes = list(order[0]["values"])
+    axes, labels = list(order[0]["values"]), list(order[0].get("beside", {}))
     kinds = list(dict.fromkeys(r["values"][axes[0]] for r in order))
-    figure = Figure(figsize=(7.5, 1.5 + 0.32 * len(order)), layout="constrained")
+    markers = ("D", "s", "^", "v", "P", "X")
+    figure = Figure(figsize=(7.5, 1.5 + (0.32 + 0.16 * len(labels)) * len(order)), layout="constrained")
     ax = figure.subplots()
-    spans: list[tuple[int, float, float, str]] = []
-    for y, r in enumerate(order):
-        colour = PALETTE[kinds.index(r["values"][axes[0]]) % len(PALETTE)]
-        if r["score"] is None:
-            ax.text(
-                0.01, y, " " + r["outcome"].split(";")[0], transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="0.4"
-            )
-            continue
-        if r["interval"] is not None:
-            low, high = _ends(r)
-            spans.append((y, low, high, colour))
-            ax.plot([low, high if math.isfinite(high) else r["score"]], [y, y], alpha=0)
-        ax.plot(r["scores"], [y] * len(r["scores"]), "o", color=colour, markersize=3.5, alpha=0.7)
-        ax.plot(r["score"], y, ">" if r["at_least"] else "D", color=colour, markersize=6, markeredgecolor="white")
+    spans: list[tuple[float, float, float, str]] = []
+    for i, r in enumerate(order):
+        shown = [(run, r), *((label, r["beside"][label]) for label in labels if label in r.get("beside", {}))]
+        for j, (label, one) in enumerate(shown):
+            y = i + 0.75 * (j / len(shown) - 0.5 * (len(shown) - 1) / len(shown))
+            colour = PALETTE[([run, *labels].index(label) if labels else kinds.index(r["values"][axes[0]])) % len(PALETTE)]
+            if one["score"] is not None:
+                _draw(ax, y, one, colour, markers[j % len(markers)], spans)
+                continue
+            text = " " + one["outcome"].split(";")[0]
+            ax.text(0.01, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=colour if labels else "0.4")
     bare = {r["bare"] for r in order if r.get("bare") is not None}
     if len(bare) == 1:
         others = {"without closure": {"score": bare.pop()}, **others}
     for i, (label, r) in enumerate((name, r) for name, r in others.items() if r["score"] is not None):
         ax.axvline(r["score"], color="0.35", linewidth=1.2, linestyle=("--", ":", "-.", (0, (5, 1, 1, 1)))[i % 4], label=label)
+    for j, label in enumerate([run, *labels] if labels else []):
+        ax.plot([], [], markers[j % len(markers)], color=PALETTE[j % len(PALETTE)], label=label)
     ax.autoscale(axis="x")
     right = ax.get_xlim()[1]
     for y, low, high, colour in spans:
@@ -407,5 +442,5 @@ def _figure(title: str, order: Sequence[Record], rank: str, training: bool, othe
     ax.set_title(title, loc="left")
     ax.grid(axis="y", visible=False)
     if ax.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=4)
     return figure

@@ -594,6 +594,11 @@ class Experiment:
             raise ConfigError(f"sweep.run: there is no run {label!r}; {suggestion(label, self.labels, 'there are')}")
         if for_training and self.spec.train is not None and label != self.spec.train.run:
             raise ConfigError(f"sweep.run: training ranks the run that it trains, {self.spec.train.run!r}; found {label!r}")
+        for i, other in enumerate(sweep.beside):
+            if other not in self.labels or other == label:
+                at = key_path(("sweep", "beside", i))
+                raise ConfigError(f"{at}: {other!r} is no other run; {suggestion(other, set(self.labels) - {label}, 'there are')}")
+        kept = [label] if for_training else [label, *sweep.beside]
         if self._plain is None:
             raise ConfigError("sweep: an experiment with a sweep has to come from a file or from plain values")
         axes: list[list[tuple[str, str, dict[str, Any]]]] = []
@@ -626,7 +631,7 @@ class Experiment:
                     f"sweep.over: two cases are called {name}; write the choices as name: {{key: value}} to tell them apart"
                 )
             try:
-                experiment = self._changed([label], changes, for_training)
+                experiment = self._changed(kept, changes, for_training)
             except ConfigError as error:
                 raise ConfigError(f"sweep, case {name}: {error}") from None
             found[name.lower()] = Case(name, ", ".join(words), label, values, changes, experiment)
@@ -651,8 +656,8 @@ class Experiment:
         return experiment_from(data, self.path, self._shipped, for_training)
 
     def without_sweep(self) -> "Experiment | None":
-        """The runs that no case changes, as an experiment; None where there are none."""
-        others = [label for label in self.labels if self.cases and label != self.cases[0].run]
+        """The runs that no case holds, as an experiment; None where there are none."""
+        others = [label for label in self.labels if self.cases and label not in self.cases[0].experiment.labels]
         return self._changed(others, {}, False) if others else None
 
     def _variants(self, train: Train, shipped: bool) -> "list[Experiment]":

@@ -307,6 +307,10 @@ class Sweep(Section):
         "every combination is a case"
     )
     run: Text | None = Field(default=None, description="label of the run that is ranked (default: train.run)")
+    beside: list[Text] = Field(
+        default_factory=list, description="labels of runs that every case of `hybridsim run` holds too, for comparison"
+    )
+    order: Literal["rank", "file"] = Field(default="rank", description="of the table: best first, or as the choices stand here")
     rank: Literal["t95", "t80", "correlation", "error", "spectrum_error", "statistics_error", "temperature_error"] | None = Field(
         default=None, description="what ranks the cases (default: train.choose; of plain runs t95, of a gas error)"
     )
