@@ -43,6 +43,15 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+def within_reach(u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
+    """u, cut off at the sixth root of the largest number (3·10⁶ in single precision).
+
+    Far from what a trained network holds; but with large weights many layers would overflow, and a gas takes the cube of a flux.
+    """
+    far = float(jnp.finfo(u.dtype).max) ** (1 / 6)
+    return jnp.clip(u, -far, far)
+
+
 def activated_channels(width: int, activation: str) -> int:
     """How many channels a layer must give for `width` of them to be left behind the activation."""
     if activation not in ACTIVATIONS:
@@ -190,8 +199,8 @@ class DilatedResNet(eqx.Module):
         for block in self.blocks:
             change = h
             for layer in block:
-                change = ACTIVATIONS[self.activation](layer(change, periodic))
-            h = h + change
+                change = within_reach(ACTIVATIONS[self.activation](layer(change, periodic)))
+            h = within_reach(h + change)
         return self.decoder(h, periodic)
 
 
@@ -275,7 +284,7 @@ class UNet(eqx.Module):
     def __call__(self, u: Float[Array, "i *grid"], periodic: tuple[bool, ...] | None = None) -> Float[Array, "o *grid"]:
         def through(*layers: Convolution, u: Array) -> Array:
             for layer in layers:
-                u = ACTIVATIONS[self.activation](layer(u, periodic))
+                u = within_reach(ACTIVATIONS[self.activation](layer(u, periodic)))
             return u
 
         seen = [through(*self.down[0], u=u)]
