@@ -116,6 +116,8 @@ def test_a_value_with_arguments_is_named_by_them():
         ({"train.power": [0.0, 0.0]}, {}, "sweep.over: two cases are called power_0"),
         ({"train.power": [0.0]}, {"run": "other"}, "sweep.run: there is no run 'other'"),
         ({"train.power": [0.0]}, {"rank": "beauty"}, "sweep.rank: needs one of"),
+        ({"train.power": [0.0]}, {"beside": ["bear"]}, "sweep.beside[0]: 'bear' is no other run; did you mean 'bare'?"),
+        ({"train.power": [0.0]}, {"beside": ["mine"]}, "sweep.beside[0]: 'mine' is no other run"),
         ({}, {}, "sweep.over: needs at least 1 entry"),
     ],
 )
@@ -240,8 +242,9 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
 def test_runs_are_ranked_beside_the_others(tmp_path, monkeypatch):
     """What a case cannot change is run once; a constant at which the run blows up is a case like any other."""
     monkeypatch.chdir(tmp_path)
-    text = case({"runs.mine.corrections[0].c": [0.5, 1e9]}, rank="t80")
-    text["runs"]["mine"]["corrections"] = [{"use": "hyperviscosity", "c": 1.0, "evaluate": "stage"}]
+    text = case({"runs.mine.corrections[0].c": [0.5, 1e9]}, rank="t80", beside=["bare"], order="file")
+    text["runs"] = {**text["runs"], "finer": {"solver": "spectral", "shape": [20], "dt": 1.0}}
+    text["runs"]["mine"] = {**text["runs"]["mine"], "corrections": [{"use": "hyperviscosity", "c": 1.0, "evaluate": "stage"}]}
     del text["train"]
     text["sweep"]["run"] = "mine"
     Path("case.yaml").write_text(yaml.safe_dump(text))
@@ -249,9 +252,12 @@ def test_runs_are_ranked_beside_the_others(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads(Path("out/sweep.json").read_text())
     assert [c["case"] for c in found["cases"]] == ["c_0.5", "c_1e_09"]
-    assert list(found["others"]) == ["bare"]
+    assert list(found["others"]) == ["finer"]
+    assert "| c | mine, t80 | bare, t80 |" in Path("out/sweep.md").read_text()
     for c in found["cases"]:
-        summary = json.loads(Path("out/cases", c["case"], "summary.json").read_text())["runs"]["mine"]
+        runs = json.loads(Path("out/cases", c["case"], "summary.json").read_text())["runs"]
+        summary, bare = runs["mine"], runs["bare"]
+        assert c["beside"]["bare"]["score"] == (bare["t80_at_least"] if bare["t80"] is None else bare["t80"])
         assert c["outcome"] == summary["outcome"]
         assert c["score"] == (summary["t80_at_least"] if summary["t80"] is None else summary["t80"])
     assert Path("out/cases/others/report.html").exists()
