@@ -48,7 +48,7 @@ def within_reach(u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
 
     Far from what a trained network holds; but with large weights many layers would overflow, and a gas takes the cube of a flux.
     """
-    far = float(jnp.finfo(u.dtype).max) ** (1 / 6)
+    far = jnp.asarray(float(jnp.finfo(u.dtype).max) ** (1 / 6), u.dtype)
     return jnp.clip(u, -far, far)
 
 

@@ -225,7 +225,9 @@ def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
     if not (resume and marker.exists()) and cases.exists():
         shutil.rmtree(cases)
     storage.write_json(marker, identity)
-    storage.atomic_write(folder / "config.yaml", yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True))
+    # each case keeps its own with all defaults; here they would stand in the way of choices between classes
+    given = {**(experiment.plain or {}), "name": experiment.name}
+    storage.atomic_write(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     count = len(experiment.cases)
     say.line(f"sweep of {experiment.name}: {count} cases → {folder}")
     baselines = {} if training else _baselines(experiment, folder, resume, say, rank)

@@ -554,6 +554,9 @@ class Experiment:
     - `path`, `folder`: the YAML, and where its relative paths start.
     - `spec`: the fixed sections, as pydantic models.
     - `resolved`: plain values with every default filled in; a YAML of it loads to the same experiment.
+    - `plain`: what was given, without defaults; cases of a sweep are changes of this, so that a choice of another class does not
+      inherit the defaults of the first. None for an experiment that was not made of plain values.
+    - `cases`: those of the sweep.
     - `files`: digest of every file that the experiment uses (closures, weights).
     - `config_hash`: SHA-256 of `resolved` and `files` as canonical JSON.
     """
@@ -581,7 +584,7 @@ class Experiment:
         text = json.dumps({"config": self.resolved, "files": self.files}, sort_keys=True, separators=(",", ":"))
         self.config_hash = hashlib.sha256(text.encode()).hexdigest()
         self.variants = [] if spec.train is None else self._variants(spec.train, shipped)
-        self._plain = data
+        self.plain = None if data is None else copy.deepcopy(dict(data))
         self._shipped = shipped
         self.cases = [] if spec.sweep is None else self._cases(spec.sweep, for_training)
 
@@ -598,8 +601,7 @@ class Experiment:
             if other not in self.labels or other == label:
                 at = key_path(("sweep", "beside", i))
                 raise ConfigError(f"{at}: {other!r} is no other run; {suggestion(other, set(self.labels) - {label}, 'there are')}")
-        kept = [label] if for_training else [label, *sweep.beside]
-        if self._plain is None:
+        if self.plain is None:
             raise ConfigError("sweep: an experiment with a sweep has to come from a file or from plain values")
         axes: list[list[tuple[str, str, dict[str, Any]]]] = []
         lasts = [key.rpartition(".")[2] for key in sweep.over]
@@ -631,7 +633,7 @@ class Experiment:
                     f"sweep.over: two cases are called {name}; write the choices as name: {{key: value}} to tell them apart"
                 )
             try:
-                experiment = self._changed(kept, changes, for_training)
+                experiment = self._changed([label, *sweep.beside], changes, for_training)
             except ConfigError as error:
                 raise ConfigError(f"sweep, case {name}: {error}") from None
             found[name.lower()] = Case(name, ", ".join(words), label, values, changes, experiment)
@@ -639,7 +641,7 @@ class Experiment:
 
     def _changed(self, labels: Sequence[str], changes: Mapping[str, Any], for_training: bool) -> "Experiment":
         """The experiment with some of its runs and some other values; judged on the modes of the whole one."""
-        data = copy.deepcopy(dict(self._plain or {}))
+        data = copy.deepcopy(self.plain or {})
         data.pop("sweep", None)
         data["runs"] = {label: data["runs"][label] for label in labels}
         data["checks"], data["name"] = {}, self.name

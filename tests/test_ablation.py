@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hybridsim import ablation, train
 from hybridsim.cli import app
-from hybridsim.config import experiment_from
+from hybridsim.config import experiment_from, load_experiment
 from hybridsim.yaml_reader import ConfigError
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -226,6 +226,10 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
     assert Path("out/sweep.md").read_text().count("\n| ") >= 3
     assert Path("out/figures/sweep.png").read_bytes()[:4] == b"\x89PNG"
 
+    again = load_experiment("out/config.yaml", for_training=True)
+    assert [c.experiment.config_hash for c in again.cases] == [
+        c["config_hash"] for c in sorted(whole["cases"], key=lambda c: list(PLACES).index(c["case"]))
+    ]
     Path("out/cases/source/case.json").unlink()
     stamp = Path("out/cases/flux/mine.safetensors").stat().st_mtime_ns
     result = hybridsim("train", "case.yaml", "--out", "out", "--resume")
