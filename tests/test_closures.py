@@ -520,7 +520,7 @@ CONSISTENT = [
     pytest.param("spectral", ETDRK4(), marks=pytest.mark.slow),
     pytest.param("spectral", CrankNicolsonRK4(), marks=pytest.mark.slow),
     pytest.param("finite_volume", SSPRK2(), marks=pytest.mark.slow),
-    ("finite_volume", SSPRK3()),
+    pytest.param("finite_volume", SSPRK3(), marks=pytest.mark.slow),
 ]
 
 

@@ -172,7 +172,11 @@ def test_a_step_commutes_with_permutations_mirrors_and_shifts(convection, closur
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize(("shape", "scalars"), [((6, 5, 8), None), ((12, 9), {"heat": 1e-2, "salt": 0.0})], ids=["3d", "scalars"])
+@pytest.mark.parametrize(
+    ("shape", "scalars"),
+    [pytest.param((6, 5, 8), None, marks=pytest.mark.slow), ((12, 9), {"heat": 1e-2, "salt": 0.0})],
+    ids=["3d", "scalars"],
+)
 def test_flux_closures_with_random_weights_keep_every_sum(shape, scalars, dtype, x64):
     """50 seeds at once; what each step changes is compared with Σ|u| + Δt/Δx Σ|F|."""
     solver = flow(Grid(shape, BOX[: len(shape)]), 1e-3, LinearDrag(0.1), None, scalars)
@@ -222,7 +226,7 @@ def test_flux_closures_with_random_weights_keep_every_sum(shape, scalars, dtype,
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param(np.float64, marks=pytest.mark.slow), np.float32], ids=["float64", "float32"])
 def test_a_zero_initialised_closure_is_the_bare_solver(dtype):
     grid = Grid((6, 5, 8), (TWO_PI, 3.0, 5.0))
     solver = flow(grid, 1e-2, Linear(0.2), None, {"heat": 1e-2}, convection="central")

@@ -261,9 +261,15 @@ CALM = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "closure", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in ("leith", "smagorinsky"))) for name, c in CALM.items()]
+    ("kind", "closure"),
+    [
+        pytest.param(
+            kind, c, id=f"{kind}-{name}", marks=[pytest.mark.slow] * (name != "none" and (kind, name) != ("spectral", "learned"))
+        )
+        for kind in BOTH
+        for name, c in CALM.items()
+    ],
 )
-@pytest.mark.parametrize("kind", BOTH)
 def test_gradients_are_finite_at_rest_and_in_uniform_flow(kind, closure):
     for mean in ((0.0, 0.0), (1.0, -0.5)):
         for options in ({},) if kind == "spectral" else ({"convection": "van_leer"}, {"convection": "central"}):
@@ -274,7 +280,9 @@ def test_gradients_are_finite_at_rest_and_in_uniform_flow(kind, closure):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("dims", "force"), [(2, "linear"), (3, "kolmogorov"), (3, "isotropic")])
+@pytest.mark.parametrize(
+    ("dims", "force"), [(2, "linear"), (3, "kolmogorov"), pytest.param(3, "isotropic", marks=pytest.mark.slow)]
+)
 def test_gradients_with_scalars_and_forces_are_finite_at_rest(dims, force):
     parameters, final = _scalar_setting(dims, force, force == "linear")
     gradient = jax.jit(jax.grad(lambda p: jnp.sum((final(p, 2, 0) - 1) ** 2)))
@@ -320,7 +328,7 @@ def _gradient_memory(kind, levels, closures, count=256, n=128, budget=None):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ["spectral", pytest.param("finite_volume", marks=pytest.mark.slow)])
 def test_memory_of_the_gradient_through_256_steps(kind):
     mebibytes = {levels: _gradient_memory(kind, levels, ()) / 2**20 for levels in (0, 2)}
     print(kind, "bare", {k: f"{v:.1f} MiB" for k, v in mebibytes.items()})

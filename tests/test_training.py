@@ -363,6 +363,7 @@ def test_gradients_are_cut_where_they_are_said_to_be():
     np.testing.assert_allclose(blocks, through, rtol=1e-4, atol=1e-6 * np.abs(through).max())
 
 
+@pytest.mark.slow
 def test_several_references_share_the_weights_and_one_program():
     traces = []
 
