@@ -118,6 +118,11 @@ def _cost(case: "Case") -> dict[str, float]:
     return {"cost": cost_of(model, u), "cost_bare": cost_of(without_closures(model), u)}
 
 
+def _failed(error: Exception, say: Reporter) -> Record:
+    say.line(str(error))
+    return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
+
+
 def _trained(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> Record:
     from hybridsim.training import recipe_of, train_locked
 
@@ -126,8 +131,7 @@ def _trained(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str)
     try:
         train_locked(case.experiment, recipe_of(train), folder, resume, say)
     except (TrainingDiverged, FineRunError) as error:
-        say.line(str(error))
-        return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
+        return _failed(error, say)
     card = storage.read_json(folder / f"{train.run}.json")
     found = [_reached(seed["validation"], TRAINED[rank]) for seed in card["seeds"].values()]
     values = [value for value, _ in found if value is not None]
@@ -152,8 +156,7 @@ def _run(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> 
     try:
         run_locked(case.experiment, folder, resume, say)
     except FineRunError as error:
-        say.line(str(error))
-        return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
+        return _failed(error, say)
     runs = storage.read_json(folder / "summary.json")["runs"]
     beside = {label: _of_summary(found, rank) for label, found in runs.items() if label != case.run}
     return {**_of_summary(runs[case.run], rank), "beside": beside}
@@ -314,7 +317,7 @@ def table(
     run: str = "",
 ) -> str:
     """The table as Markdown, with what each choice is worth; `placed`: the cases are in the order of their rank."""
-    axes, beside = list(order[0]["values"]), list(order[0].get("beside", {}))
+    axes, beside = list(order[0]["values"]), list(next((r["beside"] for r in order if "beside" in r), {}))
     of = "validation starts, mean over seeds" if training else "test starts"
     spread = f"{100 * LEVEL:.0f} % interval: " + ("Student's t over seeds" if training else "bootstrap over starts")
     better = "the larger the better" if rank in GROWS else "the smaller the better"
@@ -408,7 +411,7 @@ def _figure(title: str, order: Sequence[Record], rank: str, training: bool, othe
 
     from hybridsim.report import PALETTE
 
-    axes, labels = list(order[0]["values"]), list(order[0].get("beside", {}))
+    axes, labels = list(order[0]["values"]), list(next((r["beside"] for r in order if "beside" in r), {}))
     kinds = list(dict.fromkeys(r["values"][axes[0]] for r in order))
     markers = ("D", "s", "^", "v", "P", "X")
     figure = Figure(figsize=(7.5, 1.5 + (0.32 + 0.16 * len(labels)) * len(order)), layout="constrained")
