@@ -225,8 +225,9 @@ def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
         raise storage.StorageError(
             f"{folder}: holds the sweep of another configuration; resume with the same YAML, or choose another --out"
         )
-    if not (resume and marker.exists()) and cases.exists():
-        shutil.rmtree(cases)
+    if not (resume and marker.exists()):
+        for old in (cases, folder / "others"):
+            shutil.rmtree(old, ignore_errors=True)
     storage.write_json(marker, identity)
     # each case keeps its own with all defaults; here they would stand in the way of choices between classes
     given = {**(experiment.plain or {}), "name": experiment.name}
@@ -272,7 +273,7 @@ def _baselines(experiment: "Experiment", folder: Path, resume: bool, say: Report
     others = experiment.without_sweep()
     if others is None:
         return {}
-    place = folder / "cases" / "others"
+    place = folder / "others"
     summary = place / "summary.json"
     if not (summary.exists() and storage.read_json(summary)["config_hash"] == others.config_hash):
         place.mkdir(parents=True, exist_ok=True)

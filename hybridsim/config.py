@@ -647,14 +647,14 @@ class Experiment:
         data["checks"], data["name"] = {}, self.name
         if (data.get("train") or {}).get("run") not in labels:
             data.pop("train", None)
-        data["compare"] = {**(data.get("compare") or {}), "modes": self.modes}
         for key, value in changes.items():
             set_key(data, _split(key), copy.deepcopy(value))
+        spec = _spec_of(data)
         for run in data["runs"].values():
             run["may_diverge"] = True
-        coarsest = min(min(run["shape"]) for run in data["runs"].values())
         if "compare.modes" not in changes:
-            data["compare"]["modes"] = max(1, min(self.modes, coarsest // 2 - 1))
+            coarsest = min(min(run.shape) for run in spec.runs.values())
+            data["compare"] = {**spec.compare.model_dump(), "modes": max(1, min(self.modes, coarsest // 2 - 1))}
         return experiment_from(data, self.path, self._shipped, for_training)
 
     def without_sweep(self) -> "Experiment | None":
@@ -1395,11 +1395,14 @@ def load_experiment(name_or_path: str | os.PathLike, overrides: Iterable[str] = 
 
 def experiment_from(data: Mapping[str, Any], path: Path, shipped: bool = False, for_training: bool = False) -> Experiment:
     """The checked experiment of plain values, as if they stood in the file `path`."""
+    return Experiment(_spec_of(data), path, shipped, for_training, data)
+
+
+def _spec_of(data: Mapping[str, Any]) -> Spec:
     try:
-        spec = Spec.model_validate(data)
+        return Spec.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, Spec, data)) from None
-    return Experiment(spec, path, shipped, for_training, data)
 
 
 # --- for editors -----------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class CompressibleFiniteVolume(AbstractSolver):
     - `positivity`: whether the total flux is limited so that density and pressure stay positive (default), as below.
     - `density_floor`, `pressure_floor`: bounds of ρ and p inside the primitive conversion.
     - `compact`: whether a periodic cube is turned so that one program sweeps the three axes: it compiles in half of the time and
-      takes up to a tenth longer at 16³, up to a half at 32³ (on CPU). The results differ by rounding. Trainings do so anyway.
+      takes up to a tenth longer at 16³, up to a half at 32³ (on CPU). The results differ by rounding. Trainings on CPU do so.
 
     Order 2 in space with `plm_*`. In one dimension `ppm` and `weno5z` have order 3 and 5 with characteristic variables; with
     primitive ones, whose means are taken from the means of the conserved ones, that holds while the gas is only advected or waves
@@ -204,7 +204,7 @@ class CompressibleFiniteVolume(AbstractSolver):
         return self.grid.ndim == 3
 
     def for_training(self) -> "CompressibleFiniteVolume":
-        return dataclasses.replace(self, compact=True)
+        return dataclasses.replace(self, compact=self.compact or jax.default_backend() == "cpu")
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
 

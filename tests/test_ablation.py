@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,9 @@ def test_a_value_with_arguments_is_named_by_them():
         ({"train.power": [0.0]}, {"beside": ["bear"]}, "sweep.beside[0]: 'bear' is no other run; did you mean 'bare'?"),
         ({"train.power": [0.0]}, {"beside": ["mine"]}, "sweep.beside[0]: 'mine' is no other run"),
         ({}, {}, "sweep.over: needs at least 1 entry"),
+        ({"runs.mine.shape": [16]}, {}, "sweep, case shape_16: runs.mine.shape: needs a list"),
+        ({"runs.mine": [3]}, {}, "sweep, case mine_3: runs.mine: needs a mapping"),
+        ({"compare": [5]}, {}, "sweep, case compare_5: compare: needs a mapping"),
     ],
 )
 def test_a_wrong_sweep_is_refused_in_one_sentence(over, sweep, sentence):
@@ -204,7 +208,7 @@ def test_what_a_choice_is_worth():
 
 
 def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
-    """Killed between two cases, the sweep goes on with what is missing, and ends with the same bits."""
+    """Stopped between two cases, the sweep goes on with what is missing, and ends with the same bits."""
     monkeypatch.chdir(tmp_path)
     Path("case.yaml").write_text(yaml.safe_dump(case({"place": PLACES})))
     result = hybridsim("train", "case.yaml", "--out", "out")
@@ -230,7 +234,7 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
     assert [c.experiment.config_hash for c in again.cases] == [
         c["config_hash"] for c in sorted(whole["cases"], key=lambda c: list(PLACES).index(c["case"]))
     ]
-    Path("out/cases/source/case.json").unlink()
+    shutil.rmtree("out/cases/source")
     stamp = Path("out/cases/flux/mine.safetensors").stat().st_mtime_ns
     result = hybridsim("train", "case.yaml", "--out", "out", "--resume")
     assert result.exit_code == 0, result.output
@@ -264,7 +268,7 @@ def test_runs_are_ranked_beside_the_others(tmp_path, monkeypatch):
         assert c["beside"]["bare"]["score"] == (bare["t80_at_least"] if bare["t80"] is None else bare["t80"])
         assert c["outcome"] == summary["outcome"]
         assert c["score"] == (summary["t80_at_least"] if summary["t80"] is None else summary["t80"])
-    assert Path("out/cases/others/report.html").exists()
+    assert Path("out/others/report.html").exists()
 
 
 # --- the page --------------------------------------------------------------------------------------------------------------------
@@ -275,6 +279,6 @@ def test_the_page_on_ablations_is_true():
     (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
     training = {**CASE["train"], "unroll": [1, 2, 4], "updates": [2, 2, 2]}
     found = experiment_from({**CASE, "train": training, **yaml.safe_load(block)}, Path("page.yaml"))
-    assert "That are sixteen cases." in page
+    assert "These are sixteen cases." in page
     assert len(found.cases) == 16
     assert found.cases[0].title == "flux, width 8, unroll 1×2×4, loss state 1"
