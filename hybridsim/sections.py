@@ -275,6 +275,7 @@ class Train(Section):
     warm_up: Whole = Field(default=0, description="frames that the model runs before the loss begins, without gradient")
     truncate: Whole = Field(default=0, description="frames after which gradients stop (0: never)")
     noise: NotNegative = Field(default=0.0, description="added to the starts of windows, in units of each channel's fluctuations")
+    symmetries: Flag = Field(default=False, description="turn and mirror every window at random, as box and equation allow")
     rate: Positive = Field(default=2e-3, description="peak learning rate")
     rate_warm_up: Whole = Field(default=50, description="updates until it is reached; at most a tenth of all")
     schedule: Literal["cosine", "linear", "exponential", "constant"] = Field(default="cosine", description="how it falls then")

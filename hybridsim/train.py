@@ -19,6 +19,7 @@ from hybridsim import diagnostics, gas, losses
 from hybridsim.contract import AbstractClosure
 from hybridsim.model import Budget, Model, advance, frames_of
 from hybridsim.storage import Checkpoints, StorageError
+from hybridsim.symmetry import symmetries, turned
 from hybridsim.windows import InMemory, Prefetch, Windows, batch, digest_of
 
 Schedule = Literal["cosine", "linear", "exponential", "constant"]
@@ -38,6 +39,7 @@ class Recipe:
     - `warm_up`: frames that the model runs by itself before the loss begins, without gradient.
     - `truncate`: gradients stop after so many frames, 0 never (truncated back-propagation); the unrolls beyond are multiples of it.
     - `noise`: standard deviation of what is added to the start of every window, in units of each channel's fluctuations.
+    - `symmetries`: every window is turned or mirrored at random, as box and equation allow (see `hybridsim.symmetry`).
 
     **The optimiser**
 
@@ -71,6 +73,7 @@ class Recipe:
     warm_up: int = 0
     truncate: int = 0
     noise: float = 0.0
+    symmetries: bool = False
     schedule: Schedule = "cosine"
     rate_warm_up: int = 50
     final_rate: float = 0.02
@@ -523,9 +526,16 @@ def train(
     def with_closures(task: Task, weights: PyTree) -> Model:
         return eqx.tree_at(lambda m: m.closures, task.model, eqx.combine(weights, fixed))
 
+    groups = [symmetries(task.model.solver) if recipe.symmetries else [] for task in tasks]
+
     def windows_of(update: int) -> list[np.ndarray]:
         length = recipe.warm_up + recipe.phase(update)
-        return [batch(t.windows, length, n, seed, update, i) for i, (t, n) in enumerate(zip(tasks, sizes, strict=True))]
+        found = []
+        for i, (task, size, group) in enumerate(zip(tasks, sizes, groups, strict=True)):
+            windows = batch(task.windows, length, size, seed, update, i)
+            rng = np.random.default_rng([seed, update, i, len(group)])
+            found.append(turned(task.model.solver, group, windows, rng) if group else windows)
+        return found
 
     def validated(weights: PyTree) -> tuple[dict[str, Any], float]:
         found = [correlation_scores(with_closures(t, weights), t.validation, t.interval, t.every, t.modes) for t in tasks]

@@ -17,6 +17,7 @@ from hybridsim.model import Model
 from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError, Frames, make_frames, sample_keys
 from hybridsim.signals import STOP
+from hybridsim.symmetry import symmetries
 from hybridsim.train import (
     Outcome,
     Recipe,
@@ -204,6 +205,11 @@ def check_fit(experiment: "Experiment", recipe: Recipe) -> None:
             losses.check_terms(dict(recipe.loss), model.solver)
         except ValueError as error:
             raise ConfigError(f"train.loss.{error}") from None
+        if recipe.symmetries:
+            try:
+                symmetries(model.solver)
+            except ValueError as error:
+                raise ConfigError(f"train.symmetries: {error}; leave it out") from None
         shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), eqx.filter(m.closures, eqx.is_inexact_array)) for m in (first, model)]
         if shapes[0] != shapes[1]:
             raise ConfigError(

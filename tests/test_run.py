@@ -441,6 +441,7 @@ def test_constants_are_tuned_on_several_references_from_disk(tmp_path, x64, cons
     ({"truncate": 2}, "train.truncate: unrolls beyond 2 frames must be multiples of it, found 3"),
     ({"warm_up": 9}, "train.unroll: 12 frames of 0.1 are longer than train.data.time = 1"),
     ({"choose": "error"}, "train.choose: only a gas has an error"),
+    ({"symmetries": True}, "train.symmetries: a forced flow is not the same"),
     ({"mesh": {"batch": 64}, "batch": 64}, "train.mesh.batch: 64 cannot share 64 windows"),
 ])  # fmt: skip
 def test_trainings_that_make_no_sense_are_refused(tmp_path, x64, console, changed, sentence):

@@ -237,7 +237,13 @@ class Stopped(Exception):
 
 
 FULL = dataclasses.replace(
-    TINY, average=0.9, noise=0.01, warm_up=1, loss=(("state", 1.0), ("spectrum", 0.1), ("residual", 0.01)), schedule="linear"
+    TINY,
+    average=0.9,
+    noise=0.01,
+    symmetries=True,
+    warm_up=1,
+    loss=(("state", 1.0), ("spectrum", 0.1), ("residual", 0.01)),
+    schedule="linear",
 )
 
 
