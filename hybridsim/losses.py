@@ -142,18 +142,25 @@ def context_of(solver: AbstractSolver, power: float, dtype: Any, bare: Callable[
 def state(context: Context, u: Trajectory, truth: Trajectory, start: Array) -> Float[Array, ""]:
     """Mean over frames and fields of Σ w |q̂ − q̂_ref|² / Σ w |q̂_ref|², w = |k|^{2p} (between walls: over cells, p = 0).
 
-    Fields: the velocity (all components together) and each passive scalar; of a gas √ρ v, ρ, and p, whose error counts in units of
-    its own fluctuations and of ρ|v|².
+    Fields: the velocity (all components together) and each passive scalar; of a gas √ρ v, p, whose error counts in units of its own
+    fluctuations and of ρ|v|², and ρ, in units of its own and of ρ|v|²/a², a the sound speed of the means: what motion would make of
+    a gas that is still uniform.
     """
     solver, weight = context.solver, context.weight
     ours, theirs = fields_of(solver, u), fields_of(solver, truth)
     errors = [relative_error(ours.velocity, theirs.velocity, weight)]
     of_gas = is_gas(solver.variables)
+    motion = {}
+    if of_gas:
+        known = dict(theirs.others)
+        dynamic = jnp.sum(theirs.velocity**2, axis=1, keepdims=True)
+        means = {name: known[name].mean(axis=tuple(range(1, u.ndim)), keepdims=True) for name in ("density", "pressure")}
+        gamma = jnp.asarray(solver.equation.gamma, u.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        motion = {"pressure": dynamic, "density": dynamic * means["density"] / (gamma * means["pressure"])}
     for (name, q), (_, reference) in zip(ours.others, theirs.others, strict=True):
         scale = _square(_fluctuation(reference) if of_gas else reference, weight)
-        if name == "pressure":
-            dynamic = jnp.sum(theirs.velocity**2, axis=1, keepdims=True)
-            scale = scale + _square(dynamic, weight)
+        if name in motion:
+            scale = scale + _square(motion[name], weight)
         errors.append(_square(q - reference, weight) / (scale + jnp.finfo(q.dtype).tiny))
     return jnp.stack(errors).mean()
 
