@@ -243,6 +243,29 @@ def new_closure(
     _leave(action)
 
 
+@app.command()
+def card(
+    name: Annotated[str, typer.Argument(metavar="WEIGHTS", help="Shipped weights, or a .safetensors that training wrote.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Finished runs and sweeps; the first run gives the scores.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the card (default: that of the weights).")
+    ] = None,
+) -> None:
+    """Write a closure's card: its training, its scores beside its rivals, and where it holds."""
+
+    def action() -> int:
+        _start_jax()
+        from hybridsim.cards import write_card
+
+        for path in write_card(name, folders, out):
+            typer.echo(f"written: {path}")
+        return 0
+
+    _leave(action)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[
