@@ -211,7 +211,7 @@ def long_run_of(evidence: Evidence, name: str) -> dict[str, Any]:
             "steps": run["steps"],
             "dt": run["dt"],
             "statistics": run["statistics"],
-            **{k: run[k] for k in ("statistics_error", "spectrum_error", "wasserstein") if run.get(k) is not None},
+            **{k: run[k] for k in ("statistics_error", "spectrum_error", "spectrum_worst", "frozen") if run.get(k) is not None},
         }
     summary = evidence.summary
     return {k: summary[k] for k in ("name", "samples", "date", "device")} | {"title": evidence.title, "runs": found}
@@ -344,6 +344,9 @@ def _long_lines(found: Mapping[str, Any]) -> list[str]:
             gap = s.get("difference")
             cells.append(_number(s.get("mean")) + ("" if gap is None else f" ({100 * gap:+.1f} %)"))
         rows.append(cells)
+    for key, word in (("spectrum_worst", "largest |ln E/E_ref| of a shell"), ("frozen", "samples no longer chaotic")):
+        if any(key in r for r in runs.values()):
+            rows.append([word, "", *(_number(r.get(key)) if key != "frozen" else str(r.get(key, "–")) for r in runs.values())])
     if rows:
         lines += _table(["mean over the long run", "reference", *runs], rows)
     return lines

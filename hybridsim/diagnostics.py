@@ -197,8 +197,9 @@ def spectrum_error(
     n: ArrayLike,
     coarse_shape: Sequence[int],
     lengths: Sequence[float] | None = None,
+    worst: bool = False,
 ) -> float | np.ndarray:
-    """mean of |ln E(n)/E_ref(n)| over 1 ≤ n ≤ ⅔ of the coarse Nyquist shell (min N / 2).
+    """mean of |ln E(n)/E_ref(n)| over 1 ≤ n ≤ ⅔ of the coarse Nyquist shell (min N / 2), or the `worst` of them.
 
     `spectrum`, `reference`: `(…, shells)` under the same filter, shells `n`. A float for one spectrum, an array `(…,)` for several;
     average over samples before calling to score the ensemble. Infinite where a spectrum is not finite or has lost all energy in
@@ -216,9 +217,24 @@ def spectrum_error(
         reference <= 1e-13 * reference.sum(axis=-1, keepdims=True)
     )
     distance = np.where(nothing, 0.0, np.abs(np.log(spectrum / reference)))[..., window]
-    error = distance.mean(axis=-1)
+    error = distance.max(axis=-1) if worst else distance.mean(axis=-1)
     error = np.where(np.isnan(error), np.inf, error)
     return float(error) if error.ndim == 0 else error
+
+
+LIVELY = 0.1
+"""Share of the reference's fluctuation in time below which a flow counts as frozen."""
+
+
+def frozen(values: ArrayLike, reference: ArrayLike) -> int:
+    """How many samples have left chaos: std_t q over the last tenth of the frames is below a tenth of the reference's.
+
+    `values`, `reference`: `(sample, time)`. q is a mean over the box, ⟨u²⟩ say, which neither a steady state nor a travelling wave
+    changes; the reference's std is the mean over its samples. A sample that is not finite is not counted.
+    """
+    last = max(2, np.shape(values)[1] // 10)
+    ours, theirs = (np.std(_float64(q)[:, -last:], axis=1) for q in (values, reference))
+    return int(np.sum(ours < LIVELY * np.mean(theirs)))
 
 
 # Vorticity and correlation

@@ -535,16 +535,32 @@ def _not_defined(ds: "xr.Dataset") -> dict[str, str]:
     """Why a key of the summary is null although the run is sound."""
     reasons = {
         "spectrum_error": ("spectrum", "there are no spectra between walls"),
+        "spectrum_worst": ("spectrum", "there are no spectra between walls"),
         "drift": ("drift", "the boundaries exchange what could be conserved"),
         "divergence_max": ("divergence_max", "the flow need not be free of divergence"),
     }
     if "error" in ds:
         reasons["temperature_error"] = ("mass_per_temperature", "nothing radiates")
-        reasons["spectrum_error"] = ("spectrum", "there are no spectra without a periodic axis")
+        for key in ("spectrum_error", "spectrum_worst"):
+            reasons[key] = ("spectrum", "there are no spectra without a periodic axis")
     return {key: reason for key, (name, reason) in reasons.items() if name not in ds}
 
 
-def _spectrum_error(solver: AbstractSolver, ds: "xr.Dataset", truth: "xr.Dataset") -> float | None:
+FEWEST_FRAMES = 100
+"""In the window of the statistics, for a tenth of them to tell whether a flow is still chaotic."""
+
+
+def _frozen(experiment: "Experiment", ds: "xr.Dataset", truth: "xr.Dataset") -> int | None:
+    """Samples that are steady or travelling waves in the end; None of a gas and of short runs."""
+    window = ds["time"].values >= experiment.statistics_from * (1 - 1e-9)
+    name = next((q for q in ("mean_square", "energy") if q in ds and set(ds[q].dims) == {"sample", "time"}), None)
+    if name is None or "error" in ds or window.sum() < FEWEST_FRAMES:
+        return None
+    ours, theirs = (d[name].transpose("sample", "time").values[:, window] for d in (ds, truth))
+    return diagnostics.frozen(ours, theirs)
+
+
+def _spectrum_error(solver: AbstractSolver, ds: "xr.Dataset", truth: "xr.Dataset", worst: bool = False) -> float | None:
     if "spectrum" not in ds:
         return None
     # those of a gas between sides run along its periodic axes
@@ -552,7 +568,7 @@ def _spectrum_error(solver: AbstractSolver, ds: "xr.Dataset", truth: "xr.Dataset
     numbers = np.rint(ds["wavenumber"].values * max(grid.lengths) / (2 * np.pi)).astype(int)
     # Spectra are averaged over samples as over time before they are compared; a diverged sample makes the mean NaN.
     mean_spectrum, mean_truth = (d["spectrum"].values.mean(axis=0) for d in (ds, truth))
-    return _finite(diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, grid.shape, grid.lengths))
+    return _finite(diagnostics.spectrum_error(mean_spectrum, mean_truth, numbers, grid.shape, grid.lengths, worst))  # pyright: ignore[reportArgumentType]
 
 
 def _at_time(values: "xr.DataArray", t: float) -> np.ndarray:
@@ -640,6 +656,7 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
     means = _statistics(experiment, ds, truth)
     drifts = {str(name): ds["drift"].sel(variable=name).values for name in ds["variable"].values} if "drift" in ds else {}
     of_gas = _gas_summary(experiment, ds, truth) if "error" in ds else {}
+    still = _frozen(experiment, ds, truth)
     return {
         "outcome": result.outcome,
         "accuracy": {"metric": "t95", "value": t95.time if t95.time is not None else t95.at_least},
@@ -649,9 +666,11 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "t80": t80.time,
         "t80_at_least": t80.at_least,
         "spectrum_error": _spectrum_error(solver, ds, truth),
+        "spectrum_worst": _spectrum_error(solver, ds, truth, worst=True),
         "statistics": means,
         "statistics_error": _statistics_error(means),
         "wasserstein": _finite(float(ds["wasserstein"])),
+        **({} if still is None else {"frozen": still}),
         "drift": {name: _finite_max(values) for name, values in drifts.items()},
         "divergence_max": _finite_max(ds["divergence_max"].values) if "divergence_max" in ds else None,
         "not_defined": _not_defined(ds),

@@ -192,6 +192,10 @@ class Checks(Section):
     drift: NotNegative | None = Field(default=None, description="largest relative change of a conserved sum")
     divergence_max: NotNegative | None = Field(default=None, description="largest |∇·u|, in U_max/Δx")
     spectrum_error: NotNegative | None = Field(default=None, description="mean |ln E/E_ref|")
+    spectrum_worst: NotNegative | None = Field(default=None, description="largest |ln E/E_ref| up to ⅔ of the Nyquist wavenumber")
+    frozen: NotNegative | None = Field(
+        default=None, description="samples that end as a steady state or a travelling wave where the reference is chaotic"
+    )
     statistics_error: NotNegative | None = Field(
         default=None, description="largest relative difference of a long-run mean from the reference's"
     )

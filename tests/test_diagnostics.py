@@ -255,6 +255,15 @@ def test_bootstrap_covers_the_truth():
     assert 45 <= hits <= 60
 
 
+def test_frozen_samples_are_counted():
+    t = np.linspace(0, 100, 1001)
+    chaotic = np.random.default_rng(0).standard_normal((4, 1001)) + 2
+    ends = np.where(t < 60, chaotic[0], 2.0 + 1e-3 * np.sin(t))
+    assert d.frozen(chaotic, chaotic) == 0
+    assert d.frozen(np.stack([ends, chaotic[1], 0.05 * chaotic[2], ends]), chaotic) == 3
+    assert d.frozen(np.stack([np.where(t < 95, ends, chaotic[0]), np.full(1001, np.nan)]), chaotic) == 0
+
+
 def test_spectrum_error():
     n = np.arange(46)
     reference = np.maximum(n, 1.0) ** -3.0
@@ -265,6 +274,7 @@ def test_spectrum_error():
     assert d.spectrum_error(beyond, reference, n, (64, 64)) == 0
     at_edge = np.where(n == 21, np.e * reference, reference)
     assert d.spectrum_error(at_edge, reference, n, (64, 80)) == pytest.approx(1 / 21)
+    assert d.spectrum_error(at_edge, reference, n, (64, 80), worst=True) == pytest.approx(1)
     assert d.spectrum_error(at_edge, reference, n, (32, 32)) == 0
     assert d.spectrum_error(at_edge, reference, n, (32, 32), (1.0, 1.0)) == 0
     assert d.spectrum_error(at_edge, reference, n, (64, 32), (2.0, 1.0)) == pytest.approx(1 / 21)

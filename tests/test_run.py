@@ -272,7 +272,7 @@ def test_a_cavity_is_run_and_judged(tmp_path, x64, console):
     row = summary["runs"]["coarse"]
     assert row["spectrum_error"] is None
     assert row["drift"] == {}
-    assert set(row["not_defined"]) == {"spectrum_error", "drift"}
+    assert set(row["not_defined"]) == {"spectrum_error", "spectrum_worst", "drift"}
     assert row["divergence_max"] < 1e-4
     assert row["t95_at_least"] == 1.0
     assert row["statistics_error"] < 0.6
