@@ -145,10 +145,10 @@ def scores_of(evidence: Evidence, name: str) -> dict[str, Any]:
     """The closure and its rivals in one finished run: `{closure, bare, classical, equal_cost, cheapest_as_good, …}`.
 
     - `closure`: mean over training seeds, least and largest, each seed.
-    - `bare`: the best run of the same solver on the same grid without closures (whatever its scheme and step); `all_bare`: all of
-      them.
+    - `bare`: the best run of the same solver on the same grid without closures (whatever its scheme and step, and even if it ended
+      in a blow-up); `all_bare`: all of them.
     - `classical`: runs there with classical closures, best first.
-    - `equal_cost`: the best run without learned weights on any grid that costs no more than the closure (within 5 %).
+    - `equal_cost`: the best finished run without learned weights on any grid that costs no more than the closure (within 5 %).
     - `cheapest_as_good`: the cheapest such run that is at least as accurate, if there is one; `cheapest_as_good_by`: by other
       measures.
     """
@@ -163,8 +163,9 @@ def scores_of(evidence: Evidence, name: str) -> dict[str, Any]:
     plain = [label for label in runs if not evidence.weights(label)]
     others = {label: _row(evidence, label) for label in plain}
     here = [label for label in plain if _solved(runs[label]) == place]
-    bare = sorted(_usable(others[x] for x in here if not runs[x].get("corrections")), key=key, reverse=True)
-    classical = sorted(_usable(others[x] for x in here if runs[x].get("corrections")), key=key, reverse=True)
+    known = [x for x in here if others[x]["value"] is not None]
+    bare = sorted((others[x] for x in known if not runs[x].get("corrections")), key=key, reverse=True)
+    classical = sorted((others[x] for x in known if runs[x].get("corrections")), key=key, reverse=True)
     good = _usable(rows)
     closure: dict[str, Any] = {"seeds": rows, "value": None, "least": None, "largest": None}
     if good:
@@ -214,7 +215,9 @@ def long_run_of(evidence: Evidence, name: str) -> dict[str, Any]:
             **{k: run[k] for k in ("statistics_error", "spectrum_error", "spectrum_worst", "frozen") if run.get(k) is not None},
         }
     summary = evidence.summary
-    return {k: summary[k] for k in ("name", "samples", "date", "device")} | {"title": evidence.title, "runs": found}
+    lengths = evidence.config.get("domain", {}).get("lengths")
+    kept = {k: summary[k] for k in ("name", "samples", "date", "device")}
+    return {**kept, "title": evidence.title, "lengths": lengths, "runs": found}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +244,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _with_interval(row: Row) -> str:
     text = _number(row["value"], row["at_least"]) if row["value"] is not None else row["outcome"]
     low_high = row.get("interval")
-    return text + (f" [{_number(low_high[0])}, {_number(low_high[1])}]" if low_high else "")
+    text += f" [{_number(low_high[0])}, {_number(low_high[1])}]" if low_high else ""
+    return text if row["outcome"] == "finished" or row["value"] is None else f"{text}; {row['outcome'].split(';')[0]}"
 
 
 def _ratio(scores: Mapping[str, Any], rival: Row | None) -> float | None:
@@ -275,12 +279,21 @@ def sentences(scores: Mapping[str, Any]) -> list[str]:
         out.append(compared(scores["equal_cost"], "the best classical run that costs no more"))
     for measure, rival in {scores["metric"]: scores["cheapest_as_good"], **scores["cheapest_as_good_by"]}.items():
         word = WORDS[measure]
-        if rival is None:
-            out.append(f"No classical run in the table has as good a {word}.")
+        if rival is not None:
+            cost = rival["cost"] / closure["cost"]
+            price = f"{cost:.2f} times its cost" if cost >= 1 else f"{cost:.2f} of its cost: there the closure does not pay"
+            out.append(f"The cheapest classical run that does as well by {word} ({rival['title']}) takes {price}.")
             continue
-        cost = rival["cost"] / closure["cost"]
-        price = f"{cost:.2f} times its cost" if cost >= 1 else f"{cost:.2f} of its cost: there the closure does not pay"
-        out.append(f"The cheapest classical run with as good a {word} ({rival['title']}) takes {price}.")
+        value = "value" if measure == scores["metric"] else measure
+        ranked = sorted((r for r in _usable(scores["rivals"]) if r.get(value) is not None), key=lambda r: r[value])
+        sentence = f"No classical run in the table does as well by {word}"
+        if ranked:
+            best = ranked[-1] if measure in GROWS else ranked[0]
+            sentence += (
+                f"; the best of them ({best['title']}) has {_number(best[value])}, at {best['cost'] / closure['cost']:.2f} times"
+            )
+            sentence += " its cost"
+        out.append(sentence + ".")
     return out
 
 
@@ -332,7 +345,8 @@ def _long_lines(found: Mapping[str, Any]) -> list[str]:
     runs = found["runs"]
     steps = max((r["steps"] for r in runs.values()), default=0)
     ended = "; ".join(sorted({f"{label}: {r['outcome']}" for label, r in runs.items()}))
-    lines = [f"{found['samples']} starts, {steps:,} steps each ({found['name']}). {ended}."]
+    box = f"Box {' × '.join(f'{x:g}' for x in found['lengths'])}; " if found.get("lengths") else ""
+    lines = [f"{box}{found['samples']} starts, {steps:,} steps each ({found['name']}). {ended}."]
     names = list(next(iter(runs.values()))["statistics"]) if runs else []
     rows = []
     for name in names:
@@ -344,7 +358,7 @@ def _long_lines(found: Mapping[str, Any]) -> list[str]:
             gap = s.get("difference")
             cells.append(_number(s.get("mean")) + ("" if gap is None else f" ({100 * gap:+.1f} %)"))
         rows.append(cells)
-    for key, word in (("spectrum_worst", "largest |ln E/E_ref| of a shell"), ("frozen", "samples no longer chaotic")):
+    for key, word in (("spectrum_worst", "largest ln(E/E_ref) of a shell, up or down"), ("frozen", "samples no longer chaotic")):
         if any(key in r for r in runs.values()):
             rows.append([word, "", *(_number(r.get(key)) if key != "frozen" else str(r.get(key, "–")) for r in runs.values())])
     if rows:
@@ -366,8 +380,8 @@ def _training_lines(card: Mapping[str, Any]) -> list[str]:
         f"others of {data['validation_time']:g} for choosing, a frame every {data['interval']:g}"
         + (f", from {' × '.join(map(str, shape))}" if shape else ", from the reference's grid")
         + f" in {data['precision']}.",
-        f"- Updates × unrolled frames: {phases}; batch {recipe['batch']}, peak rate {recipe['rate']:g}, loss {terms}, weighted by "
-        f"|k|^{2 * recipe['power']:g}.",
+        f"- Updates × unrolled frames: {phases}; batch {recipe['batch']}, peak rate {recipe['rate']:g}, loss {terms}"
+        + (f", weighted by |k|^{2 * recipe['power']:g}." if recipe["power"] else "."),
         f"- Seeds: {len(seeds)}, {min(seconds):.0f} to {max(seconds):.0f} s each; shipped is seed {card['chosen_seed']}, by "
         f"{card['chosen_by']}.",
     ]
@@ -383,14 +397,14 @@ def card_text(card: Mapping[str, Any], name: str) -> str:
     """The card as Markdown."""
     shape = " × ".join(map(str, card["shape"]))
     solver = card["solver"]
-    scheme = ", ".join(str(v) for v in (solver.values() if isinstance(solver, Mapping) else [solver]))
+    scheme = ", ".join(v for v in (solver.values() if isinstance(solver, Mapping) else [solver]) if isinstance(v, str))
     lines = [
         f"# {name}",
         "",
         f"`{card['closure']}`, {card['parameters']:,} parameters, for `{card['family']}` on {shape} ({scheme}) with Δt = "
         f"{card['dt']:g}.",
         "",
-        *sentences(card["scores"]),
+        *(f"- {sentence}" for sentence in sentences(card["scores"])),
         "",
         "## Scores",
         "",

@@ -68,7 +68,7 @@ def test_rivals_are_found_by_what_they_are():
     said = " ".join(cards.sentences(found))
     assert "3.75 times as good as that of the bare solver on the same grid (bare_other_dt)" in said
     assert "1.02 times as good as that of the best classical run that costs no more (finer)" in said
-    assert "as good a t95 (finest) takes 1.80 times its cost" in said
+    assert "does as well by t95 (finest) takes 1.80 times its cost" in said
     assert found["cheapest_as_good_by"]["spectrum_error"]["cost"] == 1e-3  # all have the same here
 
 
@@ -80,6 +80,9 @@ def test_errors_are_better_when_they_are_smaller():
     assert "4.00 times as good as that of the bare solver" in said
     assert "2.00 times worse than that of the best classical run" in said
     assert "takes 0.50 of its cost: there the closure does not pay" in said
+    found = cards.scores_of(evidence({label: runs[label] for label in ("bare", "learned")}, "error"), "mine")
+    said = " ".join(cards.sentences(found))
+    assert "No classical run in the table does as well by error; the best of them (bare) has 0.400, at 0.25 times its cost." in said
 
 
 def test_a_closure_that_blows_up_is_not_praised():
@@ -130,8 +133,11 @@ def test_a_card_from_the_first_training_to_the_last_table(tmp_path, monkeypatch)
     for heading in ("# mine", "## Scores", "## Training", "## Away from its training"):
         assert f"{heading}\n" in text
     assert "half the time step" in text
-    tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(re.fullmatch(r"\|( [^|]* \|)+", line) for line in tables)
+    widths = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        widths.append({line.count("|") for line in block.splitlines()})
+    assert widths
+    assert all(len(found) == 1 for found in widths)
     assert not re.search(r"nan|None", text)
     # the same evidence gives the same card
     before = (tmp_path / "cards" / "mine.md").read_bytes()

@@ -1,4 +1,6 @@
-"""The shipped closures: their cards, and (slow) that they stay stable for 200 time units."""
+"""The shipped closures: their cards, and (slow) that they stay stable far beyond their training."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +8,14 @@ import numpy as np
 import pytest
 
 from hybridsim import diagnostics, storage
+from hybridsim.cards import card_text
 from hybridsim.config import load_experiment, shipped_weights
 from hybridsim.train import _rollouts
 
 KOLMOGOROV = {"coarse_turbulence": ("learned", "kolmogorov_fv64"), "spectral_turbulence": ("learned", "kolmogorov_ps32")}
 WAVES = {"ks": ("learned", "ks_ps64"), "ks_finite_volume": ("learned", "ks_fv64")}
-SHIPPED = KOLMOGOROV | WAVES
-SCORED = {"kolmogorov_fv64": "fv64", "kolmogorov_ps32": "ps32", "ks_ps64": "ps64", "ks_fv64": "fv64"}
+GAS = {"compressible_decay": ("learned", "compressible_decay_fv16")}
+SHIPPED = KOLMOGOROV | WAVES | GAS
 
 
 @pytest.mark.parametrize("experiment", SHIPPED)
@@ -27,9 +30,20 @@ def test_weights_have_a_card_that_fits(experiment):
     assert all(row["seconds"] > 0 for row in card["seeds"].values())
     assert card["history"]
     scores = card["scores"]
+    assert {"closure", "bare", "classical", "equal_cost"} <= set(scores)
     assert scores["samples"] == 8
-    for seed in range(3):
-        assert scores["runs"][f"{SCORED[name]}_learned_{seed}"]["outcome"] == "finished"
+    closure, bare = scores["closure"], scores["bare"]
+    assert len(closure["seeds"]) == 3
+    assert closure["failed"] == 0
+    assert [r["outcome"] for r in closure["seeds"]] == ["finished"] * 3
+    better = closure["value"] / bare["value"]
+    assert better > 1.5 if scores["metric"] == "t95" else better < 0.9
+    # Every seed has its weights, and the page says what the record says.
+    assert {f"{name}_seed{seed}" for seed in range(3)} <= set(shipped_weights())
+    page = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == card_text(card, name)
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
     # The YAML beside the card trains the very closure that is shipped.
     loaded = load_experiment(experiment)
     assert loaded.spec.train is not None
@@ -74,3 +88,22 @@ def test_waves_keep_their_statistics_for_10000_time_units(experiment, seed):
     square = (frames[:, 40:] ** 2).mean()
     truth = {"ks_ps64": 1.73, "ks_fv64": 1.51}[name]
     assert abs(square / truth - 1) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gas_decays_for_five_times_the_training_horizon(seed):
+    loaded = load_experiment("compressible_decay", [f"runs.learned.corrections[0].weights=compressible_decay_fv16_seed{seed}"])
+    model = loaded.model_for("learned")
+    solver = model.solver
+    places = tuple(v.at for v in solver.variables)
+    keys = jax.random.split(jax.random.key(5), 4)
+    u = jnp.stack([loaded.initial()(key, solver.grid, places, jnp.float32) for key in keys])
+    frames = np.asarray(_rollouts(model, u, 50, round(0.05 / model.step_time)), np.float64)
+    assert np.isfinite(frames).all()
+    rho, momentum, total = frames[:, :, :1], frames[:, :, 1:4], frames[:, :, 4]
+    assert rho.min() > 0.1
+    kinetic = 0.5 * (momentum**2 / rho).sum(axis=2).mean(axis=(2, 3, 4))
+    assert (kinetic[:, -1] < 0.3 * kinetic[:, 0]).all()
+    sums = total.mean(axis=(2, 3, 4))
+    assert np.abs(sums / sums[:, :1] - 1).max() < 1e-5
