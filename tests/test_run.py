@@ -401,6 +401,7 @@ def test_training_writes_weights_that_the_run_takes(tmp_path, x64, console, monk
     assert (folder / "figures/training.png").exists()
 
 
+@pytest.mark.slow
 def test_constants_are_tuned_on_several_references_from_disk(tmp_path, x64, console):
     runs = json.loads(json.dumps(TRAINING["runs"]))
     runs["learned"]["corrections"] = [{"use": "smagorinsky", "cs": 0.1}]
