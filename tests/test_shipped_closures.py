@@ -98,7 +98,7 @@ def test_gas_decays_for_five_times_the_training_horizon(seed):
     solver = model.solver
     places = tuple(v.at for v in solver.variables)
     keys = jax.random.split(jax.random.key(5), 4)
-    u = jnp.stack([loaded.initial()(key, solver.grid, places, jnp.float32) for key in keys])
+    u = jnp.stack([loaded.initial()(key, solver.grid, places, jnp.float32, equation=solver.equation) for key in keys])
     frames = np.asarray(_rollouts(model, u, 50, round(0.05 / model.step_time)), np.float64)
     assert np.isfinite(frames).all()
     rho, momentum, total = frames[:, :, :1], frames[:, :, 1:4], frames[:, :, 4]
