@@ -150,7 +150,7 @@ def scores_of(evidence: Evidence, name: str) -> dict[str, Any]:
     - `classical`: runs there with classical closures, best first.
     - `equal_cost`: the best finished run without learned weights on any grid that costs no more than the closure (within 5 %).
     - `cheapest_as_good`: the cheapest such run that is at least as accurate, if there is one; `cheapest_as_good_by`: by other
-      measures.
+      measures, among runs on the same grid, since spectra and means are judged on what each grid holds.
     """
     labels = evidence.learned(name)
     if not labels:
@@ -177,10 +177,11 @@ def scores_of(evidence: Evidence, name: str) -> dict[str, Any]:
     affordable = [r for r in _usable(others.values()) if r["cost"] <= SLACK * closure["cost"]]
     as_good = [r for r in _usable(others.values()) if good and key(r) >= key(closure)]
     means = {}
-    for name in ALSO_JUDGED:
-        if name != metric and closure.get(name) is not None:
-            there = [r for r in _usable(others.values()) if r.get(name) is not None and r[name] <= closure[name]]
-            means[name] = min(there, key=lambda r: r["cost"]) if there else None
+    same_grid = [r for r in _usable(others.values()) if runs[r["run"]]["shape"] == runs[labels[0]]["shape"]]
+    for measure in ALSO_JUDGED:
+        if measure != metric and closure.get(measure) is not None:
+            there = [r for r in same_grid if r.get(measure) is not None and r[measure] <= closure[measure]]
+            means[measure] = min(there, key=lambda r: r["cost"]) if there else None
     return {
         "experiment": evidence.summary["name"],
         "metric": metric,
@@ -282,9 +283,13 @@ def sentences(scores: Mapping[str, Any]) -> list[str]:
         if rival is not None:
             cost = rival["cost"] / closure["cost"]
             price = f"{cost:.2f} times its cost" if cost >= 1 else f"{cost:.2f} of its cost: there the closure does not pay"
-            out.append(f"The cheapest classical run that does as well by {word} ({rival['title']}) takes {price}.")
+            where = "" if measure == scores["metric"] else " on this grid"
+            out.append(f"The cheapest classical run{where} that does as well by {word} ({rival['title']}) takes {price}.")
             continue
-        value = "value" if measure == scores["metric"] else measure
+        if measure != scores["metric"]:
+            out.append(f"No classical run on this grid does as well by {word} (on other grids it covers other shells and scales).")
+            continue
+        value = "value"
         ranked = sorted((r for r in _usable(scores["rivals"]) if r.get(value) is not None), key=lambda r: r[value])
         sentence = f"No classical run in the table does as well by {word}"
         if ranked:
