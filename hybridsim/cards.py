@@ -21,17 +21,19 @@ Row = dict[str, Any]
 SLACK = 1.05
 """Costs within 5 % are equal: what a quiet machine repeats."""
 
-FURTHER = ("t80", "spectrum_error", "statistics_error", "density_error", "pressure_error", "error", "temperature_error")
+FURTHER = ("t80", "spectrum_error_common", "statistics_error", "density_error", "pressure_error", "error", "temperature_error")
 """Keys of a run that a card shows beside its accuracy, where they are defined."""
 
-ALSO_JUDGED = ("spectrum_error", "statistics_error", "error")
-"""Measures by which a card asks, beside the accuracy, which classical run does as well."""
+ALSO_JUDGED = {"spectrum_error_common": True, "statistics_error": False, "error": True}
+"""Measures by which a card asks, beside the accuracy, which classical run does as well, and whether runs on all grids are asked:
+means cover what each grid holds, so they are compared on the closure's grid only."""
 
 WORDS = {
     "t95": "t95",
     "t80": "t80",
     "error": "error",
     "spectrum_error": "spectrum error",
+    "spectrum_error_common": "spectrum error",
     "statistics_error": "statistics error",
     "density_error": "density error",
     "pressure_error": "pressure error",
@@ -150,7 +152,7 @@ def scores_of(evidence: Evidence, name: str) -> dict[str, Any]:
     - `classical`: runs there with classical closures, best first.
     - `equal_cost`: the best finished run without learned weights on any grid that costs no more than the closure (within 5 %).
     - `cheapest_as_good`: the cheapest such run that is at least as accurate, if there is one; `cheapest_as_good_by`: by other
-      measures, among runs on the same grid, since spectra and means are judged on what each grid holds.
+      measures: spectra on the shells that all runs hold, errors of fields, and means among runs on the same grid.
     """
     labels = evidence.learned(name)
     if not labels:
@@ -178,9 +180,10 @@ def scores_of(evidence: Evidence, name: str) -> dict[str, Any]:
     as_good = [r for r in _usable(others.values()) if good and key(r) >= key(closure)]
     means = {}
     same_grid = [r for r in _usable(others.values()) if runs[r["run"]]["shape"] == runs[labels[0]]["shape"]]
-    for measure in ALSO_JUDGED:
+    for measure, on_any_grid in ALSO_JUDGED.items():
         if measure != metric and closure.get(measure) is not None:
-            there = [r for r in same_grid if r.get(measure) is not None and r[measure] <= closure[measure]]
+            asked = _usable(others.values()) if on_any_grid else same_grid
+            there = [r for r in asked if r.get(measure) is not None and r[measure] <= closure[measure]]
             means[measure] = min(there, key=lambda r: r["cost"]) if there else None
     return {
         "experiment": evidence.summary["name"],
@@ -257,6 +260,10 @@ def _ratio(scores: Mapping[str, Any], rival: Row | None) -> float | None:
     return ours / rival["value"] if scores["metric"] in GROWS else rival["value"] / ours
 
 
+def _on_any_grid(measure: str, scores: Mapping[str, Any]) -> bool:
+    return measure == scores["metric"] or ALSO_JUDGED[measure]
+
+
 def sentences(scores: Mapping[str, Any]) -> list[str]:
     """The verdicts that follow from the scores."""
     out, metric, closure = [], WORDS[scores["metric"]], scores["closure"]
@@ -283,13 +290,13 @@ def sentences(scores: Mapping[str, Any]) -> list[str]:
         if rival is not None:
             cost = rival["cost"] / closure["cost"]
             price = f"{cost:.2f} times its cost" if cost >= 1 else f"{cost:.2f} of its cost: there the closure does not pay"
-            where = "" if measure == scores["metric"] else " on this grid"
+            where = "" if _on_any_grid(measure, scores) else " on this grid"
             out.append(f"The cheapest classical run{where} that does as well by {word} ({rival['title']}) takes {price}.")
             continue
-        if measure != scores["metric"]:
-            out.append(f"No classical run on this grid does as well by {word} (on other grids it covers other shells and scales).")
+        if not _on_any_grid(measure, scores):
+            out.append(f"No classical run on this grid does as well by {word} (on other grids it covers other scales).")
             continue
-        value = "value"
+        value = "value" if measure == scores["metric"] else measure
         ranked = sorted((r for r in _usable(scores["rivals"]) if r.get(value) is not None), key=lambda r: r[value])
         sentence = f"No classical run in the table does as well by {word}"
         if ranked:
@@ -324,6 +331,8 @@ def _score_lines(scores: Mapping[str, Any]) -> list[str]:
     shape = " × ".join(map(str, scores["reference"]["shape"]))
     intro = f"{WORDS[metric]}{at}, {better}; {scores['samples']} starts that no training has seen, against {shape}"
     intro += f" in {scores['reference']['precision']}; brackets: 90 % bootstrap over starts, parentheses: least and largest seed."
+    if "spectrum_error_common" in shown:
+        intro += " Spectra on the shells that every grid in the table holds."
     return [intro, *_table(heads, rows)]
 
 

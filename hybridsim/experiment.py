@@ -19,6 +19,7 @@ import numpy as np
 from hybridsim import diagnostics, gas, statistics, storage
 from hybridsim.compilation import SolverJit, written_anew
 from hybridsim.contract import AbstractSolver
+from hybridsim.grid import Grid
 from hybridsim.model import MOST_STEPS, Model, Prepared, adaptive_steps, frames_of
 from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError, Frames, initial_state, make_frames, sample_keys
@@ -535,13 +536,14 @@ def _not_defined(ds: "xr.Dataset") -> dict[str, str]:
     """Why a key of the summary is null although the run is sound."""
     reasons = {
         "spectrum_error": ("spectrum", "there are no spectra between walls"),
+        "spectrum_error_common": ("spectrum", "there are no spectra between walls"),
         "spectrum_worst": ("spectrum", "there are no spectra between walls"),
         "drift": ("drift", "the boundaries exchange what could be conserved"),
         "divergence_max": ("divergence_max", "the flow need not be free of divergence"),
     }
     if "error" in ds:
         reasons["temperature_error"] = ("mass_per_temperature", "nothing radiates")
-        for key in ("spectrum_error", "spectrum_worst"):
+        for key in ("spectrum_error", "spectrum_error_common", "spectrum_worst"):
             reasons[key] = ("spectrum", "there are no spectra without a periodic axis")
     return {key: reason for key, (name, reason) in reasons.items() if name not in ds}
 
@@ -560,11 +562,21 @@ def _frozen(experiment: "Experiment", ds: "xr.Dataset", truth: "xr.Dataset") -> 
     return diagnostics.frozen(ours, theirs)
 
 
-def _spectrum_error(solver: AbstractSolver, ds: "xr.Dataset", truth: "xr.Dataset", worst: bool = False) -> float | None:
+def _spectral_grid(solver: AbstractSolver) -> Grid:
+    """The grid that a run's spectra are taken on; those of a gas between sides run along its periodic axes."""
+    return gas.spectral_grid(solver.grid) or solver.grid
+
+
+def _coarsest(experiment: "Experiment") -> Grid:
+    """Of the grids of all runs, the one whose shells end first."""
+    grids = (_spectral_grid(experiment.solver(label)) for label in experiment.labels)
+    return min(grids, key=lambda grid: min(n / length for n, length in zip(grid.shape, grid.lengths, strict=True)))
+
+
+def _spectrum_error(grid: Grid, ds: "xr.Dataset", truth: "xr.Dataset", worst: bool = False) -> float | None:
+    """On the shells of `grid`, which the run's own grid must hold."""
     if "spectrum" not in ds:
         return None
-    # those of a gas between sides run along its periodic axes
-    grid = gas.spectral_grid(solver.grid) or solver.grid
     numbers = np.rint(ds["wavenumber"].values * max(grid.lengths) / (2 * np.pi)).astype(int)
     # Spectra are averaged over samples as over time before they are compared; a diverged sample makes the mean NaN.
     mean_spectrum, mean_truth = (d["spectrum"].values.mean(axis=0) for d in (ds, truth))
@@ -665,8 +677,9 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "t95_interval": [t95.low, t95.high],
         "t80": t80.time,
         "t80_at_least": t80.at_least,
-        "spectrum_error": _spectrum_error(solver, ds, truth),
-        "spectrum_worst": _spectrum_error(solver, ds, truth, worst=True),
+        "spectrum_error": _spectrum_error(_spectral_grid(solver), ds, truth),
+        "spectrum_error_common": _spectrum_error(_coarsest(experiment), ds, truth),
+        "spectrum_worst": _spectrum_error(_spectral_grid(solver), ds, truth, worst=True),
         "statistics": means,
         "statistics_error": _statistics_error(means),
         "wasserstein": _finite(float(ds["wasserstein"])),

@@ -1575,6 +1575,7 @@ COLUMNS = {
     "t95": ("t95",),
     "t80": ("t80",),
     "spectrum_error": ("spectrum", "error"),
+    "spectrum_error_common": ("the same on", "common shells"),
     "statistics_error": ("statistics", "error"),
     "drift": ("drift",),
     "divergence_max": ("divergence", "[U/Δx]"),
@@ -1584,12 +1585,17 @@ COLUMNS = {
 }
 
 
+ERRORS = ("error", "temperature_error", "spectrum_error", "spectrum_error_common", "statistics_error")
+
+
 def _columns(folder: Folder) -> list[str]:
     """Keys of the columns of numbers: those that say something about these runs."""
     gone = [set(r.numbers.get("not_defined") or ()) for r in folder.runs]
     nowhere = set.intersection(*gone) if gone else set()
     if not _judges_statistics(folder.summary, folder.config):
         nowhere.add("statistics_error")
+    if all(r.numbers.get("spectrum_error_common") in (None, r.numbers.get("spectrum_error")) for r in folder.runs):
+        nowhere.add("spectrum_error_common")
     nowhere |= {"t80"} if folder.gas else {"error", "temperature_error"}
     if not any((r.numbers.get("floors") or {}).get("events") for r in folder.runs):
         nowhere.add("floors")
@@ -1624,7 +1630,7 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
             return _cell(text, value, ranges.get(key, ""))
 
         speed = cost / seconds if cost and seconds else None
-        errors = {key: n.get(key) for key in ("error", "temperature_error", "spectrum_error", "statistics_error")}
+        errors = {key: n.get(key) for key in ERRORS}
         if run.data is not None and run.data.sizes.get("sample", 1) >= 8 and None not in n.get("error_interval", [None]):
             ranges["error"] = " – ".join(_number(x, 2) for x in n["error_interval"])
         cells = {
@@ -1969,7 +1975,8 @@ def write_report(folder: Path) -> Path:
     intervals = any(r.data is not None and r.data.sizes.get("sample", 1) >= 8 for r in found.runs)
     columns = _columns(found)
     sentences = {
-        "spectrum_error": " Spectrum error: mean |ln E/E_ref| to two thirds of Nyquist.",
+        "spectrum_error": " Spectrum error: mean |ln E/E_ref| to two thirds of each grid's Nyquist wavenumber.",
+        "spectrum_error_common": " On common shells: to two thirds of the coarsest grid's; compare unlike grids by this one.",
         "statistics_error": f" Statistics error: largest relative error of {_statistics_words(found.config, found.summary)}.",
         "drift": " Drift: largest over variables.",
         "floors": " Floor events: how often a floor stood in for a density or pressure.",

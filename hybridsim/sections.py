@@ -191,7 +191,12 @@ class Checks(Section):
     says: ClassVar[str] = "checks"
     drift: NotNegative | None = Field(default=None, description="largest relative change of a conserved sum")
     divergence_max: NotNegative | None = Field(default=None, description="largest |∇·u|, in U_max/Δx")
-    spectrum_error: NotNegative | None = Field(default=None, description="mean |ln E/E_ref|")
+    spectrum_error: NotNegative | None = Field(
+        default=None, description="mean |ln E/E_ref| up to ⅔ of the run's own Nyquist wavenumber"
+    )
+    spectrum_error_common: NotNegative | None = Field(
+        default=None, description="the same up to ⅔ of the Nyquist wavenumber of the coarsest run: on shells that all runs hold"
+    )
     spectrum_worst: NotNegative | None = Field(default=None, description="largest |ln E/E_ref| up to ⅔ of the Nyquist wavenumber")
     frozen: NotNegative | None = Field(
         default=None, description="samples that end as a steady state or a travelling wave where the reference is chaotic"
@@ -303,6 +308,11 @@ class Train(Section):
     log: list[Literal["jsonl", "tensorboard"]] = Field(default=["jsonl"], description="where every update is recorded")
 
 
+Rank = Literal[
+    "t95", "t80", "correlation", "error", "spectrum_error", "spectrum_error_common", "statistics_error", "temperature_error"
+]
+
+
 class Sweep(Section):
     """An ablation: cases that differ in some keys, ranked by what they reach."""
 
@@ -316,7 +326,7 @@ class Sweep(Section):
         default_factory=list, description="labels of runs that every case of `hybridsim run` holds too, for comparison"
     )
     order: Literal["rank", "file"] = Field(default="rank", description="of the table: best first, or as the choices stand here")
-    rank: Literal["t95", "t80", "correlation", "error", "spectrum_error", "statistics_error", "temperature_error"] | None = Field(
+    rank: Rank | None = Field(
         default=None, description="what ranks the cases (default: train.choose; of plain runs t95, of a gas error)"
     )
 

@@ -601,6 +601,17 @@ def test_the_kolmogorov_page_says_nothing_new(folder):
     assert report._columns(report.read_folder(folder)) == columns
 
 
+def test_unlike_grids_have_a_column_on_common_shells(folder):
+    found = report.read_folder(folder)
+    for i, run in enumerate(found.runs):
+        run.numbers["spectrum_error_common"] = 0.01 * (i + 1)
+    columns = report._columns(found)
+    assert columns[columns.index("spectrum_error") + 1] == "spectrum_error_common"
+    for run in found.runs:
+        run.numbers["spectrum_error_common"] = run.numbers["spectrum_error"]
+    assert "spectrum_error_common" not in report._columns(found)
+
+
 def test_verdict_on_statistics():
     config = {"domain": {"lengths": [22.0]}, "runs": {r: {"solver": "spectral", "shape": [32]} for r in SUMMARY["runs"]}}
     errors = {"bare": 0.25, "eddy": None, "learned": 0.013}

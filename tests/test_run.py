@@ -236,6 +236,15 @@ def test_a_line_is_run_and_judged(tmp_path, x64, console):
     np.testing.assert_allclose(ds["pdf"]["value"], truth["pdf"]["value"])
     width = float(truth["pdf"]["value"][1] - truth["pdf"]["value"][0])
     assert float(truth["pdf"].sum()) * width == pytest.approx(1)
+    # 32 and 33 points: shells up to ⅔ of 16 are common; the finer grid's own end at 11
+    fine, fine_truth = (
+        storage.open_dataset(*where)["spectrum"].mean("sample").values
+        for where in ((tmp_path / "line/volumes.nc",), (tmp_path / "line/reference.nc", summary["runs"]["volumes"]["group"]))
+    )
+    distance = np.abs(np.log(fine / fine_truth))
+    assert summary["runs"]["volumes"]["spectrum_error_common"] == pytest.approx(distance[1:11].mean())
+    assert summary["runs"]["volumes"]["spectrum_error"] == pytest.approx(distance[1:12].mean())
+    assert row["spectrum_error_common"] == row["spectrum_error"]
     wild = summary["runs"]["wild"]
     assert "diverged" in wild["outcome"]
     assert wild["statistics_error"] is None
@@ -257,6 +266,7 @@ def test_three_dimensions_are_run_and_judged(tmp_path, x64, console):
         assert row["statistics"]["energy"]["standard_error"] is None
         assert row["statistics_error"] < 0.5
         assert row["spectrum_error"] is not None
+        assert row["spectrum_error_common"] is not None
         assert set(row["drift"]) == {"u", "v", "w", "dye"}
         assert row["not_defined"] == {}
     ds = storage.open_dataset(tmp_path / "box/spectral.nc")
@@ -272,7 +282,7 @@ def test_a_cavity_is_run_and_judged(tmp_path, x64, console):
     row = summary["runs"]["coarse"]
     assert row["spectrum_error"] is None
     assert row["drift"] == {}
-    assert set(row["not_defined"]) == {"spectrum_error", "spectrum_worst", "drift"}
+    assert set(row["not_defined"]) == {"spectrum_error", "spectrum_error_common", "spectrum_worst", "drift"}
     assert row["divergence_max"] < 1e-4
     assert row["t95_at_least"] == 1.0
     assert row["statistics_error"] < 0.6
