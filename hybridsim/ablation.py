@@ -213,6 +213,8 @@ def _rank(experiment: "Experiment", training: bool) -> str:
         raise ConfigError("sweep.rank: a run has no mean correlation; choose t95 or t80")
     if sweep.rank == "error" and not of_gas:
         raise ConfigError("sweep.rank: only a gas has an error; choose t95")
+    if sweep.rank == "velocity_error" and (of_gas or any(c.experiment.spec.compare.at is None for c in experiment.cases)):
+        raise ConfigError("sweep.rank: velocity_error is quoted of flows that are no gas, at the time that compare.at says")
     return sweep.rank
 
 

@@ -21,10 +21,19 @@ Row = dict[str, Any]
 SLACK = 1.05
 """Costs within 5 % are equal: what a quiet machine repeats."""
 
-FURTHER = ("t80", "spectrum_error_common", "statistics_error", "density_error", "pressure_error", "error", "temperature_error")
+FURTHER = (
+    "t80",
+    "velocity_error",
+    "spectrum_error_common",
+    "statistics_error",
+    "density_error",
+    "pressure_error",
+    "error",
+    "temperature_error",
+)
 """Keys of a run that a card shows beside its accuracy, where they are defined."""
 
-ALSO_JUDGED = {"spectrum_error_common": True, "statistics_error": False, "error": True}
+ALSO_JUDGED = {"velocity_error": True, "spectrum_error_common": True, "statistics_error": False, "error": True}
 """Measures by which a card asks, beside the accuracy, which classical run does as well, and whether runs on all grids are asked:
 means cover what each grid holds, so they are compared on the closure's grid only."""
 
@@ -32,6 +41,7 @@ WORDS = {
     "t95": "t95",
     "t80": "t80",
     "error": "error",
+    "velocity_error": "velocity error",
     "spectrum_error": "spectrum error",
     "spectrum_error_common": "spectrum error",
     "statistics_error": "statistics error",

@@ -1113,6 +1113,9 @@ class Experiment:
         at = self.spec.compare.at
         if at is not None and at > self.spec.time.end:
             raise ConfigError(f"compare.at: must not lie after time.end = {self.spec.time.end:g}, found {at:g}")
+        for owner, limits in self.spec.checks.items():
+            if limits.velocity_error is not None and at is None:
+                raise ConfigError(f"checks.{owner}.velocity_error: compare.at must say at which time")
         if self.modes > most:
             raise ConfigError(f"compare.modes: the coarsest run carries fewer than {self.modes} modes; at most {most} are possible")
 

@@ -363,6 +363,30 @@ def _correlation(
     return np.where(finite, np.where(empty & empty_ref, 1.0, product), 0.0)
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def velocity_error(u: ArrayLike, u_ref: ArrayLike, grid: Grid, variables: Sequence[Variable], modes: int) -> np.ndarray:
+    """e = ‖u − u_ref‖ / ‖u_ref‖ of the velocity (of u itself in 1D) on |n_a| ≤ `modes`: two `(…, c, *grid)` -> `(…,)`.
+
+    Both on the same grid and at the same places; √2 for two flows of one energy that have nothing in common. NaN for a frame that
+    is not finite, infinite where the reference is at rest and the run is not. Between walls, where there are no modes, over all
+    cells.
+    """
+
+    def one(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        ours, theirs = (velocity(x, grid, variables) for x in (a, b))
+        gap = ours - theirs
+        if all(grid.periodic):
+            gap, theirs = band_limit(gap, grid, modes), band_limit(theirs, grid, modes)
+        inner = tuple(range(-grid.ndim - 1, 0))
+        # frames are scaled before they are squared, so that nothing overflows
+        size = np.abs(theirs).max(axis=inner, keepdims=True)
+        size = np.where(size > 0, size, 1.0)
+        above, below = (((q / size) ** 2).sum(axis=inner) for q in (gap, theirs))
+        return np.where(above == 0, 0.0, np.sqrt(above / below))
+
+    return in_pieces(one, grid, np.asarray(u), np.asarray(u_ref))
+
+
 def crossing_time(times: ArrayLike, mean_correlation: ArrayLike, level: float) -> tuple[float | None, float | None]:
     """(t*, None), t* = first time with ρ(t*) < level, linear between frames; (None, t_end) when ρ stays at or above it.
 
@@ -787,5 +811,8 @@ def with_diagnostics(
             {"long_name": f"correlation of {what} with the reference", "units": "1"}
             | ({"modes": band} if all(grid.periodic) else {}),
         )
+        error = velocity_error(u, frames(reference, variables), grid, variables, band)
+        about = {"long_name": f"relative L2 error of {'u' if grid.ndim == 1 else 'the velocity'}", "units": "1"}
+        added["velocity_error"] = (series, error, about)
     ds = ds.assign_coords(coords).assign(added)
     return ds if solver is None else with_vorticity(ds, grid, variables, solver)

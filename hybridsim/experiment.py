@@ -423,7 +423,7 @@ def _dataset(
 
 
 def stated_time(experiment: "Experiment") -> float:
-    """When the error of a gas is quoted: compare.at, or the end."""
+    """When errors are quoted: compare.at, or the end."""
     given = experiment.spec.compare.at
     return experiment.spec.time.end if given is None else given
 
@@ -669,6 +669,11 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
     drifts = {str(name): ds["drift"].sel(variable=name).values for name in ds["variable"].values} if "drift" in ds else {}
     of_gas = _gas_summary(experiment, ds, truth) if "error" in ds else {}
     still = _frozen(experiment, ds, truth)
+    quoted: dict[str, Any] = {}
+    if "velocity_error" in ds and experiment.spec.compare.at is not None:
+        at = stated_time(experiment)
+        error, interval = _mean_and_interval(_at_time(ds["velocity_error"], at))
+        quoted = {"velocity_error": error, "velocity_error_interval": interval, "error_at": at}
     return {
         "outcome": result.outcome,
         "accuracy": {"metric": "t95", "value": t95.time if t95.time is not None else t95.at_least},
@@ -677,6 +682,7 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "t95_interval": [t95.low, t95.high],
         "t80": t80.time,
         "t80_at_least": t80.at_least,
+        **quoted,
         "spectrum_error": _spectrum_error(_spectral_grid(solver), ds, truth),
         "spectrum_error_common": _spectrum_error(_coarsest(experiment), ds, truth),
         "spectrum_worst": _spectrum_error(_spectral_grid(solver), ds, truth, worst=True),
@@ -1005,7 +1011,7 @@ def _until(t: float, end: float) -> str:
 
 def _sentence(label: str, summary: dict[str, Any]) -> str:
     parts = [f"t95 {summary['t95']:.2f}" if summary["t95"] is not None else f"t95 > {summary['t95_at_least']:.2f}"]
-    for key in ("error", "temperature_error", "spectrum_error", "statistics_error"):
+    for key in ("error", "velocity_error", "temperature_error", "spectrum_error", "statistics_error"):
         if key in summary and key not in summary["not_defined"]:
             parts.append(f"{key.replace('_', ' ')} " + ("–" if summary[key] is None else f"{summary[key]:.3f}"))
     parts.append(f"{1000 * summary['seconds_per_unit_time']:.3g} ms per unit time")

@@ -1571,6 +1571,7 @@ def png(figure: "Figure") -> bytes:
 COLUMNS = {
     "dt": ("dt",),
     "error": ("error",),
+    "velocity_error": ("velocity", "error"),
     "temperature_error": ("phase", "error"),
     "t95": ("t95",),
     "t80": ("t80",),
@@ -1585,7 +1586,7 @@ COLUMNS = {
 }
 
 
-ERRORS = ("error", "temperature_error", "spectrum_error", "spectrum_error_common", "statistics_error")
+ERRORS = ("error", "velocity_error", "temperature_error", "spectrum_error", "spectrum_error_common", "statistics_error")
 
 
 def _columns(folder: Folder) -> list[str]:
@@ -1594,6 +1595,8 @@ def _columns(folder: Folder) -> list[str]:
     nowhere = set.intersection(*gone) if gone else set()
     if not _judges_statistics(folder.summary, folder.config):
         nowhere.add("statistics_error")
+    if all("velocity_error" not in r.numbers for r in folder.runs):
+        nowhere.add("velocity_error")
     if all(r.numbers.get("spectrum_error_common") in (None, r.numbers.get("spectrum_error")) for r in folder.runs):
         nowhere.add("spectrum_error_common")
     nowhere |= {"t80"} if folder.gas else {"error", "temperature_error"}
@@ -1631,8 +1634,10 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
 
         speed = cost / seconds if cost and seconds else None
         errors = {key: n.get(key) for key in ERRORS}
-        if run.data is not None and run.data.sizes.get("sample", 1) >= 8 and None not in n.get("error_interval", [None]):
-            ranges["error"] = " – ".join(_number(x, 2) for x in n["error_interval"])
+        for key in ("error", "velocity_error"):
+            interval = n.get(f"{key}_interval", [None])
+            if run.data is not None and run.data.sizes.get("sample", 1) >= 8 and None not in interval:
+                ranges[key] = " – ".join(_number(x, 2) for x in interval)
         cells = {
             "dt": _cell(_number(n.get("dt"), 4)),
             "t95": time_cell("t95"),
@@ -1981,9 +1986,10 @@ def write_report(folder: Path) -> Path:
         "drift": " Drift: largest over variables.",
         "floors": " Floor events: how often a floor stood in for a density or pressure.",
     }
+    at = _number(_stated_time(found.summary, found.config))
+    sentences["velocity_error"] = f" Velocity error: relative L2 error at t = {at} on the compared modes, mean over starts."
     times = "t95, t80: first time the mean correlation falls below 0.95, 0.80 (≥: not within the window)"
     if found.gas:
-        at = _number(_stated_time(found.summary, found.config))
         times = f"Error: the larger of the relative L2 errors of ρ and √ρ v at t = {at}, mean over starts. "
         if "temperature_error" in columns:
             times += "Phase error: Σ|m − m_ref|/Σm_ref of the mean mass m per temperature bin. "

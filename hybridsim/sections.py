@@ -173,7 +173,9 @@ class Compare(Section):
     modes: Count | None = Field(
         default=None, description="modes |k_i| ≤ K that are compared (default: half the coarsest N, minus 1)"
     )
-    at: Positive | None = Field(default=None, description="time at which the error of a gas is quoted (default: time.end)")
+    at: Positive | None = Field(
+        default=None, description="time at which errors are quoted (default: of a gas time.end; of other flows no error is)"
+    )
 
 
 class Floors(Section):
@@ -203,6 +205,10 @@ class Checks(Section):
     )
     statistics_error: NotNegative | None = Field(
         default=None, description="largest relative difference of a long-run mean from the reference's"
+    )
+    velocity_error: NotNegative | None = Field(
+        default=None,
+        description="relative L2 error of the velocity (of u in 1D) on |k_i| ≤ compare.modes at compare.at; not of a gas",
     )
     error: NotNegative | None = Field(
         default=None, description="gas: the larger of the relative L2 errors of ρ and √ρ v at compare.at"
@@ -309,7 +315,15 @@ class Train(Section):
 
 
 Rank = Literal[
-    "t95", "t80", "correlation", "error", "spectrum_error", "spectrum_error_common", "statistics_error", "temperature_error"
+    "t95",
+    "t80",
+    "correlation",
+    "error",
+    "velocity_error",
+    "spectrum_error",
+    "spectrum_error_common",
+    "statistics_error",
+    "temperature_error",
 ]
 
 

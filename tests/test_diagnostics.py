@@ -264,6 +264,21 @@ def test_frozen_samples_are_counted():
     assert d.frozen(np.stack([np.where(t < 95, ends, chaotic[0]), np.full(1001, np.nan)]), chaotic) == 0
 
 
+def test_velocity_error_is_that_of_the_band():
+    grid = Grid((32, 32), (2 * np.pi, 2 * np.pi))
+    x, y = grid.mesh()
+    u_ref = np.stack([np.sin(y), 2 * np.cos(x)])
+    u = u_ref + 0.3 * np.stack([np.cos(2 * y), np.sin(x)]) + np.stack([np.cos(9 * y), 0 * x])
+    frames, truth = np.stack([u, u_ref, np.full_like(u, np.nan), -1e200 * u_ref]), np.stack([u_ref] * 3 + [1e200 * u_ref])
+    found = d.velocity_error(frames, truth, grid, centred(grid), 4)
+    np.testing.assert_allclose(found, [0.3 * np.sqrt(2 / 5), 0, np.nan, 2], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(d.velocity_error(u, u_ref, grid, centred(grid), 9), np.sqrt((2 * 0.09 + 1) / 5), rtol=1e-12)
+    walls = Grid((32, 32), (2 * np.pi, 2 * np.pi), ("periodic", "no_slip"))
+    assert d.velocity_error(u, u_ref, walls, centred(walls), 1) == pytest.approx(
+        np.sqrt(((u - u_ref) ** 2).sum() / (u_ref**2).sum())
+    )
+
+
 def test_spectrum_error():
     n = np.arange(46)
     reference = np.maximum(n, 1.0) ** -3.0
