@@ -542,7 +542,7 @@ def train(
         # in the precision in which the best one is kept, so that equal scores are equal
         score = float(np.float32(np.mean([score_of(scores, recipe.choose) for scores in found])))
         others = {"others": {t.name: s for t, s in zip(tasks[1:], found[1:], strict=True)}} if len(tasks) > 1 else {}
-        return {**found[0], **others, "score": score}, score
+        return {**found[0], **others, "score": score if math.isfinite(score) else None}, score
 
     zero = jnp.zeros((), jnp.int32)
     optimiser = make_optimiser(recipe).init(weights)

@@ -461,6 +461,18 @@ def test_gases_of_several_kinds_are_learnt_from_at_once():
     assert outcome.best_validation["mean_error"] > 0
 
 
+def test_a_validation_that_blows_up_can_be_written_down():
+    solver = gas(Grid((12,), (1.0,)), positivity=False)
+    starts = jnp.asarray(np.stack([rough_flow(solver.grid, seed, mach=0.3) for seed in range(2)]), jnp.float32)
+    data = _trajectories(Model(solver, ForwardEuler(), 1e-3), starts, 40)
+    closure = LearnedFlux(1, 4, 1, 3, variables=solver.variables, key=jax.random.key(0))
+    task = Task(Model(solver, ForwardEuler(), 1e-3, (closure,)), data[:1], data[1:], interval=1e-3, every=1, modes=4)
+    recipe = dataclasses.replace(TINY, choose="error", unroll=(1,), updates=(2,), rate=1e9, rate_warm_up=0, validate_every=1)
+    outcome = train([task], recipe, seed=0)
+    assert None in [record["validation"]["score"] for record in outcome.history]
+    json.dumps(outcome.history, allow_nan=False)
+
+
 # --- devices ---------------------------------------------------------------------------------------------------------------------
 
 TWO_DEVICES = """
