@@ -15,16 +15,18 @@ from hybridsim.train import _rollouts
 KOLMOGOROV = {"coarse_turbulence": ("learned", "kolmogorov_fv64"), "spectral_turbulence": ("learned", "kolmogorov_ps32")}
 WAVES = {"ks": ("learned", "ks_ps64"), "ks_finite_volume": ("learned", "ks_fv64")}
 GAS = {"compressible_decay": ("learned", "compressible_decay_fv16")}
-SHIPPED = KOLMOGOROV | WAVES | GAS
+ALONE = {"ks_replacement": ("replacement", "ks_replacement")}
+SHIPPED = KOLMOGOROV | WAVES | GAS | ALONE
 
 
 @pytest.mark.parametrize("experiment", SHIPPED)
 def test_weights_have_a_card_that_fits(experiment):
     label, name = SHIPPED[experiment]
+    loaded = load_experiment(experiment)
     file = shipped_weights()[name]
     header = storage.read_header(file)
     card = storage.read_json(file.with_suffix(".json"))
-    assert card["closure"] == header["closure"] == "learned_flux"
+    assert card["closure"] == header["closure"] == loaded.spec.runs[label].corrections[0].use
     assert card["parameters"] == header["parameters"]
     assert set(card["seeds"]) == {"0", "1", "2"}
     assert all(row["seconds"] > 0 for row in card["seeds"].values())
@@ -45,7 +47,6 @@ def test_weights_have_a_card_that_fits(experiment):
     for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     # The YAML beside the card trains the very closure that is shipped.
-    loaded = load_experiment(experiment)
     assert loaded.spec.train is not None
     assert loaded.spec.train.run == label
     assert card["recipe"]["unroll"] == list(loaded.spec.train.unroll)
