@@ -247,6 +247,7 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
     assert "holds the sweep of another configuration" in result.stderr
 
 
+@pytest.mark.slow
 def test_runs_are_ranked_beside_the_others(tmp_path, monkeypatch):
     """What a case cannot change is run once; a constant at which the run blows up is a case like any other."""
     monkeypatch.chdir(tmp_path)

@@ -113,6 +113,7 @@ def test_a_closure_that_blows_up_is_not_praised():
         cards.scores_of(evidence(runs), "other")
 
 
+@pytest.mark.slow
 def test_a_card_from_the_first_training_to_the_last_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "cache"))

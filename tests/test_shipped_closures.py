@@ -20,10 +20,10 @@ ISOTROPIC = {"isotropic_decay": ("learned", "isotropic_decay_fv16")}
 MIXING = {"mixing_layer": ("learned", "mixing_layer_fv32")}
 SHIPPED = KOLMOGOROV | WAVES | GAS | ALONE | ISOTROPIC | MIXING
 
-SEEDS = {name: 3 for name in SHIPPED} | {"mixing_layer": 1}
+SEEDS = dict.fromkeys(SHIPPED, 3) | {"mixing_layer": 1}
 """How many trainings each card is about."""
 
-GAIN = {name: 1.5 for name in SHIPPED} | {"compressible_decay": 1.1, "isotropic_decay": 1.3, "mixing_layer": 2.0}
+GAIN = dict.fromkeys(SHIPPED, 1.5) | {"compressible_decay": 1.1, "isotropic_decay": 1.3, "mixing_layer": 2.0}
 """How many times better than the bare solver on its grid each closure is at least, by its own measure."""
 
 

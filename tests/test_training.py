@@ -340,6 +340,7 @@ def test_training_stops_when_validation_no_longer_improves():
     assert outcome.history[-1]["update"] >= outcome.best_update + 2
 
 
+@pytest.mark.slow
 def test_gradients_are_cut_where_they_are_said_to_be():
     """With truncation at one frame the gradient of two frames is that of each by itself, from where the model was."""
     model, data = _problem()
@@ -506,6 +507,7 @@ TWO_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_gradient_of_one():
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     code = textwrap.dedent(TWO_DEVICES.format(tests=str(Path(__file__).parent)))
