@@ -408,17 +408,26 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
     }
 
 
+RUINED = -1e3
+"""The score of a rollout without an error, because it blew up; among such the one that was like the truth for longer is better."""
+
+
 def score_of(scores: Mapping[str, Any], choose: Choice) -> float:
     """One number of validation scores, the larger the better."""
     if choose == "error":
         if "mean_error" not in scores:
             raise ValueError("choose: only a gas has an error; choose t95 or correlation")
-        return -math.inf if scores["mean_error"] is None else -scores["mean_error"]
+        return max(RUINED, -scores["mean_error"]) if scores["mean_error"] is not None else RUINED + scores["mean_correlation"]
     if choose == "correlation":
         return scores["mean_correlation"]
     # Ties (no crossing within the window, say) are decided by the mean correlation.
     reached = scores["t95_at_least"] if scores["t95"] is None else scores["t95"]
     return reached + 1e-3 * scores["mean_correlation"]
+
+
+def _is_ruined(score: float) -> bool:
+    """Whether a score says that at least one of these rollouts blew up."""
+    return score <= RUINED / 100
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------------------
@@ -542,7 +551,7 @@ def train(
         # in the precision in which the best one is kept, so that equal scores are equal
         score = float(np.float32(np.mean([score_of(scores, recipe.choose) for scores in found])))
         others = {"others": {t.name: s for t, s in zip(tasks[1:], found[1:], strict=True)}} if len(tasks) > 1 else {}
-        return {**found[0], **others, "score": score if math.isfinite(score) else None}, score
+        return {**found[0], **others, "score": None if _is_ruined(score) else score}, score
 
     zero = jnp.zeros((), jnp.int32)
     optimiser = make_optimiser(recipe).init(weights)
@@ -623,7 +632,7 @@ def train(
                         state.average if better else state.best,
                         jnp.asarray(score if better else state.best_score, jnp.float32),
                         zero if better else state.stale + 1,
-                        (state.weights, state.optimiser, state.average) if math.isfinite(score) else state.good,
+                        state.good if _is_ruined(score) else (state.weights, state.optimiser, state.average),
                     ),
                 )
                 spent += time.perf_counter() - clock

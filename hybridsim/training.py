@@ -347,6 +347,8 @@ def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume:
         best = f"best validation {_said(outcome.best_validation)} at update {outcome.best_update}"
         early = ", stopped early" if outcome.stopped_early else ""
         say.line(f"seed {seed}: {best}, {outcome.seconds:.0f} s{early}{_tuned(outcome.model)}")
+        if outcome.best_validation.get("score") is None:
+            say.line(f"seed {seed}: no validation without a rollout that blew up; longer unrolls or a lower train.rate may help")
 
     best = max(outcomes, key=lambda s: outcomes[s].best_score)
     card = {

@@ -1,7 +1,12 @@
 """What holds in every test: annotations are executed, ranks are never promoted silently, precision is restored."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Most of the time of these tests is compilation; code that is optimised less takes two thirds of it, and rounds alike from run
+# to run. XLA_FLAGS from outside come after, and win.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jaxtyping
 

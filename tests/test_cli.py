@@ -266,15 +266,17 @@ def test_a_second_process_starts_warm(folder: Path, tmp_path: Path):
     "override", ["runs.smagorinsky.corrections[0].c=1", "runs.bare.may_diverge=no", "runs.bare.stepper=etdrk4"]
 )
 def test_bad_input_is_refused_within_two_seconds(folder: Path, override: str):
+    """Two seconds, or on a slow machine half as long again as JAX and Equinox alone take to come in."""
     for _ in range(3):  # the machine may be busy
+        _, imports = process("-c", "import jax, equinox", cwd=ROOT)
         done, seconds = process("-m", "hybridsim.cli", "run", str(folder / "case.yaml"), override, cwd=ROOT)
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr.startswith("hybridsim: runs.")
         assert done.stderr.count("\n") == 1
-        if seconds < 2:
+        if seconds < max(2, 1.5 * imports):
             return
-    raise AssertionError(f"refused after {seconds:.1f} s")
+    raise AssertionError(f"refused after {seconds:.1f} s, where JAX and Equinox take {imports:.1f} s")
 
 
 # --- list, schema, show ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from hybridsim.solvers.initial import RandomVelocity
 from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.steppers import ETDRK4, ForwardEuler
 from hybridsim.storage import Checkpoints, CorruptError, StorageError
-from hybridsim.train import Recipe, Task, TrainingDiverged, gradient_of, parameters, train
+from hybridsim.train import Recipe, Task, TrainingDiverged, gradient_of, parameters, score_of, train
 from hybridsim.training import model_to_train, recipe_of
 from hybridsim.training_log import JsonLines
 
@@ -472,6 +472,18 @@ def test_a_validation_that_blows_up_can_be_written_down():
     outcome = train([task], recipe, seed=0)
     assert None in [record["validation"]["score"] for record in outcome.history]
     json.dumps(outcome.history, allow_nan=False)
+
+
+def test_of_rollouts_that_blow_up_the_one_that_lasts_longer_is_better():
+    scores = [
+        {"mean_error": None, "mean_correlation": 0.3},
+        {"mean_error": None, "mean_correlation": 0.5},
+        {"mean_error": 2.0, "mean_correlation": 0.1},
+        {"mean_error": 0.1, "mean_correlation": 0.9},
+    ]
+    found = [score_of(s, "error") for s in scores]
+    assert found == sorted(found)
+    assert len(set(np.float32(found))) == 4  # the precision in which the best one is kept
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------------------
