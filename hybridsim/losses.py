@@ -231,6 +231,27 @@ def transfer(context: Context, u: Trajectory, truth: Trajectory, start: Array) -
     return jnp.sum((ours - theirs) ** 2) / (jnp.sum(theirs**2) + jnp.finfo(theirs.dtype).tiny)
 
 
+def temperature(context: Context, u: Trajectory, truth: Trajectory, start: Array) -> Float[Array, ""]:
+    """Mean over frames of Σ (T − T_ref)² / Σ (T_ref'² + (T̄ ρ|v|²/(γ p̄))²), T = p/ρ of a gas, sums over cells.
+
+    T' is the fluctuation, the second term what motion would make of a gas that is still uniform. In `state` a hot, thin gas next to
+    a cold, dense one weighs as little as it has mass: its temperature may go wrong at no price. Here it counts by its volume.
+    """
+    rows = tuple(range(1, u.ndim))
+
+    def parts(q: Trajectory) -> tuple[Float[Array, "frame 1 *grid"], ...]:
+        fields = fields_of(context.solver, q)
+        others = dict(fields.others)
+        rho = jnp.where(others["density"] > 0, others["density"], 1)
+        return others["pressure"] / rho, others["pressure"], jnp.sum(fields.velocity**2, axis=1, keepdims=True)
+
+    ours, (theirs, pressure, dynamic) = parts(u)[0], parts(truth)
+    gamma = jnp.asarray(context.solver.equation.gamma, u.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    motion = theirs.mean(axis=rows, keepdims=True) * dynamic / (gamma * pressure.mean(axis=rows, keepdims=True))
+    scale = _square(_fluctuation(theirs), None) + _square(motion, None)
+    return jnp.mean(_square(ours - theirs, None) / (scale + jnp.finfo(u.dtype).tiny))
+
+
 def residual(context: Context, u: Trajectory, truth: Trajectory, start: Array) -> Float[Array, ""]:
     """Mean over frames of ‖uₙ₊₁ − Φ₀(uₙ)‖² / ‖Φ₀(uₙ) − uₙ‖², Φ₀ the run's own solver without closures over one frame.
 
@@ -250,6 +271,7 @@ TERMS: dict[str, Term] = {
     "spectrum": spectrum,
     "dissipation": dissipation,
     "transfer": transfer,
+    "temperature": temperature,
     "residual": residual,
 }
 """The terms by the name that `train.loss` gives them."""
@@ -265,6 +287,8 @@ def check_terms(weights: Mapping[str, float], solver: AbstractSolver) -> None:
             raise ValueError(
                 f"{name}: counts Fourier modes, so it needs boundaries that are periodic along every axis; leave it out"
             )
+        if name == "temperature" and not is_gas(solver.variables):
+            raise ValueError("temperature: only a gas has one, the equation of this run does not; leave it out")
         if name == "transfer" and is_gas(solver.variables):
             raise ValueError(
                 "transfer: the flux of kinetic energy through scales is defined for incompressible flow and KS, not for a gas"

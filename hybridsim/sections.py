@@ -255,6 +255,7 @@ class Losses(Section):
     spectrum: NotNegative = Field(default=0.0, description="mean squared ln E/E_ref over the shells")
     dissipation: NotNegative = Field(default=0.0, description="squared ln of the ratio of ⟨|∇v|²⟩")
     transfer: NotNegative = Field(default=0.0, description="relative squared error of the energy flux through scales")
+    temperature: NotNegative = Field(default=0.0, description="of a gas: relative squared error of p/ρ, each cell counting alike")
     residual: NotNegative = Field(default=0.0, description="relative squared distance from a frame of the solver without closures")
 
 

@@ -446,6 +446,35 @@ def test_a_gas_is_judged_by_velocity_density_and_pressure():
         losses.check_terms({"transfer": 1.0}, solver)
 
 
+def test_hot_thin_gas_beside_cold_dense_gas_counts_by_its_temperature():
+    """Two phases in pressure balance, all but at rest: their temperatures 1 and 1/56 fill half of the box each."""
+    solver = gas(Grid((8, 8), (1.0, 1.0), boundaries=("periodic", "outflow")))
+    density = np.where(np.arange(8) < 4, 56.0, 1.0) * np.ones((8, 1))
+    pressure = 0.6
+    cold, hot = pressure / 56, pressure
+
+    def state(rho):
+        drift = 1e-3
+        return jnp.asarray(np.stack([rho, drift * rho, 0 * rho, pressure / 0.4 + 0.5 * drift**2 * rho])[None], jnp.float32)
+
+    truth = state(density)
+    context = _context(solver, truth)
+    assert float(losses.temperature(context, truth, truth, truth[0])) == 0
+    # a tenth hotter in the hot gas: (0.1 T_hot)² over half of the cells, beside the variance ((T_hot − T_cold)/2)²
+    heated = state(np.where(density > 1, density, density / 1.1))
+    expected = 0.5 * (0.1 * hot) ** 2 / (0.25 * (hot - cold) ** 2)
+    np.testing.assert_allclose(losses.temperature(context, heated, truth, truth[0]), expected, rtol=1e-3)
+    assert float(losses.state(context, heated, truth, truth[0])) < 1e-3 * expected
+    # and a gas that is still uniform: the scale is what its motion will make of it, so nothing divides by zero
+    moving = truth.at[:, 0].set(1.0).at[:, 1].set(0.1)
+    value, slope = jax.value_and_grad(lambda u: losses.temperature(context, u, moving, moving[0]))(moving)
+    assert float(value) == 0
+    assert bool(jnp.all(jnp.isfinite(slope)))
+    line = SpectralKS(Grid((8,), (22.0,)), KuramotoSivashinsky())
+    with pytest.raises(ValueError, match=r"temperature: only a gas"):
+        losses.check_terms({"temperature": 1.0}, line)
+
+
 @pytest.mark.slow
 def test_gases_of_several_kinds_are_learnt_from_at_once():
     tasks = []
@@ -587,7 +616,7 @@ def test_the_page_on_training_is_true():
     recipe = recipe_of(experiment.spec.train)
     assert len(experiment.variants) == 2
     assert recipe.longest == 18
-    assert set(dict(recipe.loss)) == set(losses.TERMS)
+    assert set(dict(recipe.loss)) == set(losses.TERMS) - {"temperature"}  # the example is no gas
     assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(losses.TERMS)
     for task in (experiment, *experiment.variants):
         assert parameters(model_to_train(task, 0)[0].closures) == 1
