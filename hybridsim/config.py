@@ -1098,7 +1098,6 @@ class Experiment:
     def _check_objects(self) -> None:
         """Build every object of every run; nothing is compiled."""
         self._check_duration(self.initial())
-        self._check_fine_runs()
         for label in ("reference", *self.labels):
             try:
                 self._check_run(label)
@@ -1109,6 +1108,7 @@ class Experiment:
                 parts = f"{self._parts['equation',].cls.__name__} and {self._parts[*self._path(label), 'solver'].cls.__name__}"
                 where = key_path(self._path(label))
                 raise ConfigError(f"{where}: {parts} do not go together: {first_line(error)}{_raised_at(error)}") from error
+        self._check_fine_runs()
         most = self._most_modes()
         at = self.spec.compare.at
         if at is not None and at > self.spec.time.end:
@@ -1143,7 +1143,7 @@ class Experiment:
         from hybridsim.reference import initial_state
 
         try:
-            jax.eval_shape(lambda key: initial_state(initial, key, solver, "float32"), jax.random.key(0))
+            jax.eval_shape(lambda key: initial_state(initial, key, solver, "float32"), jax.eval_shape(jax.random.key, 0))
         except ValueError as error:
             raise ConfigError(f"initial: {first_line(error)}") from error
 

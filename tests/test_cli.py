@@ -229,7 +229,9 @@ def test_a_storage_error_is_one_line(folder: Path, monkeypatch):
 def process(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess, float]:
     """A real process and the processor time that it took (the machine may be busy with other things)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    as_users = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # compiled as outside of the tests
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False, env=as_users)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -266,7 +268,7 @@ def test_a_second_process_starts_warm(folder: Path, tmp_path: Path):
     "override", ["runs.smagorinsky.corrections[0].c=1", "runs.bare.may_diverge=no", "runs.bare.stepper=etdrk4"]
 )
 def test_bad_input_is_refused_within_two_seconds(folder: Path, override: str):
-    """Two seconds, or on a slow machine half as long again as JAX and Equinox alone take to come in."""
+    """Two seconds, or on a slow machine twice as long as JAX and Equinox alone take to come in."""
     for _ in range(3):  # the machine may be busy
         _, imports = process("-c", "import jax, equinox", cwd=ROOT)
         done, seconds = process("-m", "hybridsim.cli", "run", str(folder / "case.yaml"), override, cwd=ROOT)
@@ -274,7 +276,7 @@ def test_bad_input_is_refused_within_two_seconds(folder: Path, override: str):
         assert done.stdout == ""
         assert done.stderr.startswith("hybridsim: runs.")
         assert done.stderr.count("\n") == 1
-        if seconds < max(2, 1.5 * imports):
+        if seconds < max(2, 2 * imports):
             return
     raise AssertionError(f"refused after {seconds:.1f} s, where JAX and Equinox take {imports:.1f} s")
 

@@ -288,7 +288,8 @@ def test_scalars_are_passive_and_keep_their_own_diffusivity():
     u = np.stack([*u[:3], u[2]])
     after = evolve(solver, SSPRK3(), u, 0.02, 5)
     bare = evolve(flow(grid, 1e-2, kolmogorov()), SSPRK3(), u[:2], 0.02, 5)
-    np.testing.assert_array_equal(after[:2], bare)
+    # the same sums, which a compiler may fuse, and so round, in another way beside other variables
+    np.testing.assert_allclose(after[:2], bare, rtol=0, atol=1e-14)
     variance = after[2:].var(axis=(1, 2))
     assert variance[0] < 0.9 * variance[1] <= u[3].var()
     # the same scheme: a scalar with the place of no velocity, and velocity as if it were a scalar, in a uniform flow
@@ -326,7 +327,7 @@ def test_linear_forcing_amplifies_fluctuations_alone(shape):
     axes = tuple(range(1, d + 1))
     mean = u[:d].mean(axis=axes, keepdims=True)
     np.testing.assert_allclose(force[:d], 0.4 * (u[:d] - mean) - 0.1 * u[:d], rtol=0, atol=1e-12 * np.abs(found).max())
-    assert not force[d:].any()
+    np.testing.assert_allclose(force[d:], 0, atol=1e-14 * np.abs(found).max())  # what is left when two equal sums are subtracted
     np.testing.assert_allclose(injected[:d], -0.1 * mean.ravel(), rtol=1e-12)
     assert not injected[d:].any()
     after = evolve(forced, SSPRK3(), u, 0.02, 10)
@@ -344,7 +345,7 @@ def test_isotropic_forcing_has_its_power(shape):
         forced, bare = (flow(grid, 1e-2, f, None, {"heat": 1e-2}, convection="central") for f in (forcing, None))
         u, other = (noise(forced, seed, mean=0.2) for seed in (6, 7))
         force = np.asarray(_projected(forced, jnp.asarray(rate(forced, u)[0] - rate(bare, u)[0])))
-        assert not force[d:].any()
+        np.testing.assert_allclose(force[d:], 0, atol=1e-13)
         assert np.sum(u[:d] * force[:d]) / grid.cells == pytest.approx(0.7, rel=1e-12)
         assert abs(np.sum(other[:d] * force[:d]) / grid.cells - 0.7) > 0.05  # negative control: on another flow it does other work
         np.testing.assert_allclose(force[:d].mean(axis=axes), 0, atol=1e-13)

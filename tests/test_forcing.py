@@ -271,12 +271,13 @@ def test_the_random_stream_depends_on_seed_and_time_alone_and_is_smooth():
     assert (at(1.1) == at(1.1)).all()
     assert relative(at(1.1, 4), at(1.1)) > 0.1
     assert relative(at(1.9), at(1.1)) > 0.1
+    # the noise is of single precision, and its last digit depends on the program that it is compiled into
     for draw in (0.8, 1.6, 8.0):
-        before, now, after = at(draw - 1e-6), at(draw), at(draw + 1e-6)
+        before, now, after = at(draw - 1e-3), at(draw), at(draw + 1e-3)
         # continuous, and the first derivative is zero on both sides of a draw
-        assert relative(before, now) <= 1e-10
-        assert relative(after, now) <= 1e-10
-    assert relative(at(1.2 + 1e-6), at(1.2)) > 1e-8  # but not between draws
+        assert relative(before, now) <= 2e-5
+        assert relative(after, now) <= 2e-5
+    assert relative(at(1.2 + 1e-3), at(1.2)) > 2e-4  # but not between draws
     single = _band(_isotropic(), solver, u.astype(np.float32), 1.1)
     assert relative(single, at(1.1)) <= 1e-4
 
@@ -400,7 +401,8 @@ def test_two_dimensional_band_force_acts_on_the_velocity():
     with_force, without = (solver_of("spectral", FLAT, 0.0, f).prepare(np.float64) for f in (forcing, None))
     u = random_flow(without, 1, mean=(0.2, 0.1))
     gained = bare_rate(with_force, u)[1] - bare_rate(without, u)[1]
-    assert relative(gained, _band(forcing, without, u, 0.0)) <= 1e-12
+    # the noise is of single precision, and its last digit depends on the program that it is compiled into
+    assert relative(gained, _band(forcing, without, u, 0.0)) <= 2e-7
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------------------
