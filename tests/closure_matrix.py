@@ -47,11 +47,9 @@ SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
 DEFAULT = {
     ("cnn", "source", "jax_cfd_finite_volume_2d"),
     ("cnn", "post_step", "jax_cfd_spectral_2d"),
-    ("dilated_resnet", "replacement", "spectral_2d"),
     ("dilated_resnet", "flux", "ks_finite_volume"),
-    ("unet", "post_step", "finite_volume_2d"),
+    ("cnn", "source", "finite_volume_2d"),
     ("unet", "interpolation", "gas_1d"),
-    ("cnn", "interpolation", "finite_volume_2d"),
     ("fno", "flux", "ks_spectral"),
     ("fno", "flux", "walls_2d"),
     ("fno", "replacement", "gas_3d"),

@@ -274,7 +274,7 @@ def test_riemann_problems(reconstruction, riemann):
             assert (norm[1:] / norm[:-1] <= ATHENA["tolerance_sod"]["ratio_per_doubling_max"]).all()
 
 
-@pytest.mark.parametrize("reconstruction", ["plm_van_leer", slow("plm_mc"), slow("ppm"), "weno5z"])
+@pytest.mark.parametrize("reconstruction", ["plm_van_leer", slow("plm_mc"), slow("ppm"), slow("weno5z")])
 def test_a_riemann_problem_in_float32(reconstruction):
     """Sod's problem and the strongest blast of Toro's: the solution of float64, and no floor. (Limiters of parabolas decide by the
     signs of differences, noise in uniform gas included.)"""
@@ -400,7 +400,7 @@ def behind_shock(mach, gamma=1.4):
     return (density, speed * (1 - 1 / density), pressure), speed
 
 
-@pytest.mark.parametrize("mach", [1.5, 2.0, 3.0, 10.0])
+@pytest.mark.parametrize("mach", [slow(1.5), slow(2.0), slow(3.0), 10.0])
 def test_shocks_jump_as_rankine_and_hugoniot_say(mach):
     """A piston, that is gas thrown against a wall, makes the shock; the state behind it and its speed are known."""
     pressure, density = CLOSED_FORMS["rankine_hugoniot_g1.4"][f"{mach:g}"]
@@ -635,7 +635,7 @@ def test_kelvin_helmholtz_converges_to_itself_as_it_rolls_up(reconstruction):
 # --- viscosity and conduction ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [slow(1.0), 2.5])
 def test_a_shear_wave_decays_by_the_schemes_own_symbol(temperature):
     """v = ε sin(2πx), ρ = 1: a factor of R(−ν k̂² Δt) a step, k̂ = 2 sin(kΔx/2)/Δx; ν = μ₀ (T/T₀)^0.76 / ρ."""
     n, dt, count, rho = 32, 2e-3, 50, 1.3
@@ -669,7 +669,7 @@ def modes_of_a_gas(k, viscosity, prandtl, gamma=1.4):
     return sigma[order], (vectors / vectors[0])[:, order]
 
 
-@pytest.mark.parametrize("reconstruction", ["plm_van_leer", "weno5z"])
+@pytest.mark.parametrize("reconstruction", ["plm_van_leer", slow("weno5z")])
 def test_sound_and_heat_waves_of_a_viscous_gas(reconstruction):
     """Linear modes, exactly: the attenuation of sound (Stokes, Kirchhoff) and the diffusion of heat, of second order."""
     gamma, prandtl, viscosity = 1.4, 0.72, 5e-3
@@ -708,7 +708,7 @@ def sums(u):
 
 
 SCHEMES = (("plm_van_leer", "hllc"), ("weno5z", "hlle"), ("ppm", "hllc_low_mach"))
-BY_DEFAULT = {("plm_van_leer", 3, np.float64), ("weno5z", 2, np.float32), ("ppm", 1, np.float64), ("ppm", 1, np.float32)}
+BY_DEFAULT = {("plm_van_leer", 3, np.float64), ("weno5z", 2, np.float32), ("ppm", 1, np.float64)}
 CASES = [
     (pytest.param if (scheme[0], d, dtype) in BY_DEFAULT else slow)(*scheme, d, dtype)
     for scheme in SCHEMES
@@ -784,7 +784,7 @@ def test_sums_are_conserved_with_any_flux_closure(dims):
 # --- precision -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("dims", [1, slow(2), slow(3)])
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_float32_stays_float32(reconstruction, dims):
     """Every reconstruction with another Riemann solver, another stepper, and variables of either kind."""
@@ -855,7 +855,7 @@ def test_density_fluctuations_of_decaying_turbulence(case, mach, seed):
     ("reconstruction", "reconstruct", "boundary", "viscosity", "dims", "limit"),
     [
         slow("plm_van_leer", "primitive", "periodic", 0.0, 2, False),
-        ("weno5z", "primitive", "outflow", 1e-2, 2, True),
+        slow("weno5z", "primitive", "outflow", 1e-2, 2, True),
         slow("ppm", "characteristic", "reflecting", 0.0, 3, True),
         slow("plm_mc", "primitive", "fixed", 1e-2, 3, True),
         slow("plm_van_leer", "primitive", "periodic", 1e-2, 3, False),

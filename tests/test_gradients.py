@@ -136,7 +136,7 @@ def _mismatches(parameters, final, count, levels):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("kind", "convection"), [
     ("spectral", ""),
-    ("finite_volume", "van_leer"),
+    pytest.param("finite_volume", "van_leer", marks=pytest.mark.slow),
     pytest.param("finite_volume", "central", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_adjoint_through_a_hundred_steps(kind, convection):

@@ -38,7 +38,7 @@ def pairs(family, dims, n):
         # jax-cfd and exponax leave out the last row of modes that we keep: the flow has little there.
         ("spectral", 2, 256, 2e-6),
         ("ks", 1, 512, 1e-10),
-        ("finite_volume", 2, 32, 1e-10),
+        pytest.param("finite_volume", 2, 32, 1e-10, marks=pytest.mark.slow),
         pytest.param("finite_volume", 3, 16, 1e-10, marks=pytest.mark.slow),
     ],
 )

@@ -516,7 +516,9 @@ def make_family(path, family, *, samples=2):
     return path
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[n if n in ("line", "scalar") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
 def family(request, tmp_path_factory):
     path = make_family(tmp_path_factory.mktemp(request.param), request.param)
     report.write_report(path)
@@ -758,7 +760,7 @@ def make_gas(path, name, *, samples=2):
     return path
 
 
-@pytest.fixture(scope="module", params=GASES)
+@pytest.fixture(scope="module", params=[n if n == "plane" else pytest.param(n, marks=pytest.mark.slow) for n in GASES])
 def gas_folder(request, tmp_path_factory):
     path = make_gas(tmp_path_factory.mktemp(request.param), request.param)
     report.write_report(path)

@@ -204,6 +204,7 @@ def test_couette_flow_starts_up_and_ends_exactly():
     assert rates(errors)[-1] >= 1.9
 
 
+@pytest.mark.slow
 def test_stokes_second_problem():
     """A wall that slides to and fro: u = Re U e^{iωt} sinh(k s) / sinh(k H), k² = iω/ν, s the distance from the wall at rest."""
     omega, viscosity = 3.0, 0.05
@@ -270,7 +271,7 @@ def _kovasznay(n, right="fixed", convection="central"):
     return solver, exact, min(8 / n**2, 0.3 / n)
 
 
-@pytest.mark.parametrize("convection", ["central", "van_leer"])
+@pytest.mark.parametrize("convection", ["central", pytest.param("van_leer", marks=pytest.mark.slow)])
 def test_kovasznay_flow(convection):
     errors = []
     for n in (16, 32, 64):
@@ -369,6 +370,7 @@ def _duct(y, z, terms=60):
     return 4 / np.pi**3 * total
 
 
+@pytest.mark.slow
 def test_flow_through_a_square_duct():
     errors = []
     for n in (16, 32, 64):
