@@ -137,7 +137,8 @@ class LearnedFlux(Flux):
 
     The network sees the velocity at the cell centres and gives a tensor there, which moves to the flux points by averages; the
     same file therefore serves staggered and spectral solvers, in one to three dimensions. Passive scalars c are seen as c / C and
-    get fluxes of their own.
+    get fluxes of their own. An average of neighbours hides the shortest waves (a factor of cos(kΔx/2)), which the network has to
+    make up for; with `staggered` its numbers are those at the flux points themselves, and no average is taken.
 
     **In a gas** it sees v/U, ln(ρ/ρ₀), ln(T/T₀) and c/C, and gives the flux ρU of mass, ρU² of momentum, ρU³ of heat and ρUC of
     scalars, each times a number of order one, to an observer who moves with the gas: F = (J, σ + Jv, q + σ·v + ½Jv², j + Jc). With
@@ -156,6 +157,8 @@ class LearnedFlux(Flux):
     - `scalar_scale`: C, a typical variation of the scalars.
     - `density_scale`, `temperature_scale`: ρ₀, T₀, typical values in a gas; T is p/ρ.
     - `mass_flux`: whether J of a gas is learned, or zero as in filtered equations with Favre's mean velocities.
+    - `staggered`: whether the network's numbers are those at the flux points; what it learns is then for one kind of grid. In a gas
+      σ is not symmetric then, as F[a, c] and F[c, a] are at different faces.
 
     Sums of every channel are conserved to rounding for any weights, the total energy of a gas among them. What bounds the kinetic
     energy that it may add is a `structure` around it.
@@ -165,6 +168,7 @@ class LearnedFlux(Flux):
     scaling: Scaling
     symmetric: bool = eqx.field(static=True)
     mass_flux: bool = eqx.field(static=True)
+    staggered: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -181,6 +185,7 @@ class LearnedFlux(Flux):
         temperature_scale: float = 1.0,
         mass_flux: bool = True,
         network: NetworkFactory | None = None,
+        staggered: bool = False,
         *,
         variables: tuple[Variable, ...] | None = None,
         key: PRNGKeyArray,
@@ -195,7 +200,11 @@ class LearnedFlux(Flux):
             density=density_scale,
             temperature=temperature_scale,
         )
-        self.symmetric, self.mass_flux = symmetric, mass_flux
+        if self.scaling.gas and symmetric and staggered:
+            raise ValueError(
+                "symmetric: not possible with staggered fluxes of a gas, which are at different faces; choose one of the two"
+            )
+        self.symmetric, self.mass_flux, self.staggered = symmetric, mass_flux, staggered
         stresses = dims * (dims + 1) // 2 if symmetric else dims * dims
         channels = stresses + dims * len(self._others)
         own = {"width": width, "depth": depth, "kernel": kernel, "activation": activation}
@@ -226,9 +235,11 @@ class LearnedFlux(Flux):
         for a in range(dims):
             parts = dict(zip((*scaling.vector, *self._others), (*stress[a], *fluxes[a]), strict=True))
             zero = jnp.zeros(grid, view.u.dtype)
-            row = scaling.change(view, jnp.stack([parts.get(c, zero) for c in range(len(scaling.names))]))
+            at = view.flux_place(a, 0) if self.staggered else None
+            row = scaling.change(view, jnp.stack([parts.get(c, zero) for c in range(len(scaling.names))]), at)
             rows.append(scaling.velocity * row)
-        return view.to_flux_points(jnp.stack(rows))
+        flux = jnp.stack(rows)
+        return flux if self.staggered else view.to_flux_points(flux)
 
 
 # --- Source, PostStep, Replacement -----------------------------------------------------------------------------------------------

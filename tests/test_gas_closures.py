@@ -349,6 +349,30 @@ def test_mass_stays_where_it_is_if_asked_to():
     assert all(np.abs(q).max() > 1e-3 for row in flux[:, 1:] for q in row)
 
 
+def test_a_staggered_flux_takes_no_average():
+    """Where the averaged flux is (F_i + F_{i+1})/2 of what the network says of the gas in each cell, the staggered one is what it
+    says at the face, of the mean of the gas there; both are conserved alike."""
+    solver = gas(BOXES[2], scalars={"dye": 0.0})
+    options = {"symmetric": False, "std": 0.5, "density_scale": 1.0, "temperature_scale": 1.0}
+    centred, staggered = (network(LearnedFlux, solver, staggered=s, **options) for s in (False, True))
+    rest = noise(BOXES[2], 3)
+    rest[0], rest[1:3], rest[4] = 1.0, 0.0, 0.0  # what is carried along is the same on both sides of a face
+    view = view_of(solver, conserved(rest, 1.4, 2))
+    at_faces, averaged = np.asarray(staggered(view)), np.asarray(centred(view))
+    half = np.stack([0.5 * (q + np.roll(q, -1, a + 1)) for a, q in enumerate(at_faces)])
+    np.testing.assert_allclose(averaged, half, rtol=0, atol=1e-13 * np.abs(half).max())
+    assert np.abs(averaged - at_faces).max() > 0.1 * np.abs(at_faces).max()
+    moving = view_of(solver, conserved(noise(BOXES[2], 3), 1.4, 2))
+    flux = np.asarray(staggered(moving))
+    pushed, gas_there = flux[0, 0], gas_of(moving)
+    fraction = 0.5 * (gas_there.fractions[0] + jnp.roll(gas_there.fractions[0], -1, 0))
+    still = network(LearnedFlux, solver, staggered=True, mass_flux=False, **options)
+    assert still(moving)[0, 0].max() == 0
+    assert np.abs(flux[0, 4] - pushed * fraction).max() > 1e-3
+    with pytest.raises(ValueError, match=r"symmetric: not possible with staggered fluxes of a gas"):
+        network(LearnedFlux, solver, staggered=True)
+
+
 @pytest.mark.parametrize("inputs", ["velocity", "gradient"])
 @pytest.mark.parametrize("dims", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_learned_closures_have_no_units_of_their_own(dims, inputs):
