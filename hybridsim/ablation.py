@@ -32,7 +32,13 @@ LEVEL = 0.9
 GROWS = ("t95", "t80", "correlation")
 """The larger the better; everything else is an error."""
 
-TRAINED = {"t95": "t95", "t80": "t80", "correlation": "mean_correlation", "error": "mean_error"}
+TRAINED = {
+    "t95": "t95",
+    "t80": "t80",
+    "correlation": "mean_correlation",
+    "error": "mean_error",
+    "temperature_error": "temperature_error",
+}
 """`sweep.rank` -> key of the validation scores."""
 
 Record = dict[str, Any]

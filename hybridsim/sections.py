@@ -303,7 +303,9 @@ class Train(Section):
     )
     seeds: Annotated[list[Whole], Field(min_length=1)] = Field(default=[0], description="one training per seed")
     validate_every: Count = Field(default=200, description="updates between validations")
-    choose: Literal["t95", "correlation", "error"] = Field(default="t95", description="what decides which weights are kept")
+    choose: Literal["t95", "correlation", "error", "temperature_error"] = Field(
+        default="t95", description="what decides which weights are kept"
+    )
     stop_after: Whole = Field(default=0, description="validations in a row without a better one that end the training (0: never)")
     memory: Positive = Field(default=512.0, description="MiB that the values which a gradient keeps of the unrolled steps may take")
     checkpoint_levels: Annotated[int, Strict(), Field(ge=0, le=8)] | None = Field(

@@ -23,7 +23,7 @@ from hybridsim.symmetry import symmetries, turned
 from hybridsim.windows import InMemory, Prefetch, Windows, batch, digest_of
 
 Schedule = Literal["cosine", "linear", "exponential", "constant"]
-Choice = Literal["t95", "correlation", "error"]
+Choice = Literal["t95", "correlation", "error", "temperature_error"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Recipe:
     **Validation**
 
     - `validate_every`: updates between validations. `choose`: the weights with the best validation `t95`, mean `correlation` or, of
-      a gas, mean `error` are kept. `stop_after`: validations in a row without a better one that end the training, 0 never.
+      a gas, mean `error` or, where it radiates, `temperature_error` are kept. `stop_after`: validations in a row without a better
+      one that end the training, 0 never.
 
     **The machine**
 
@@ -382,7 +383,8 @@ def _rollouts(model: Model, starts: Array, frames: int, every: int) -> Array:
 
 
 def correlation_scores(model: Model, data: np.ndarray, interval: float, every: int, modes: int) -> dict[str, Any]:
-    """t95, t80 and mean correlation of rollouts from the first frame of each validation trajectory; of a gas the mean error."""
+    """t95, t80 and mean correlation of rollouts from the first frame of each validation trajectory; of a gas the mean error, and
+    where it radiates the error of the mean mass per bin of temperature over the last two thirds of the window."""
     frames = data.shape[1] - 1
     u = np.asarray(_rollouts(model, jnp.asarray(data[:, 0]), frames, every))
     solver = model.solver
@@ -394,6 +396,13 @@ def correlation_scores(model: Model, data: np.ndarray, interval: float, every: i
         errors, rho = gas.compare(u, data[:, 1:], solver.grid, of_gas.gamma, modes)
         error = float(gas.error_of(errors).mean())
         scores["mean_error"] = error if math.isfinite(error) else None
+        if of_gas.rate is not None:
+            late = slice(frames // 3, None)
+            temperatures = gas.temperature(data[:, 1:][:, late], solver.grid, of_gas.gamma)
+            bins = gas.temperature_bins(temperatures.min(), temperatures.max())
+            mass, known = (gas.phases(q[:, late], solver.grid, of_gas, bins)[:, :, 0].mean(axis=(0, 1)) for q in (u, data[:, 1:]))
+            distance = gas.phase_distance(mass, known)
+            scores["temperature_error"] = distance if math.isfinite(distance) else None
     mean = np.concatenate([[1.0], rho.mean(axis=0)])
     times = interval * np.arange(frames + 1)
     t95, t95_at_least = diagnostics.crossing_time(times, mean, 0.95)
@@ -414,10 +423,12 @@ RUINED = -1e3
 
 def score_of(scores: Mapping[str, Any], choose: Choice) -> float:
     """One number of validation scores, the larger the better."""
-    if choose == "error":
-        if "mean_error" not in scores:
-            raise ValueError("choose: only a gas has an error; choose t95 or correlation")
-        return max(RUINED, -scores["mean_error"]) if scores["mean_error"] is not None else RUINED + scores["mean_correlation"]
+    if choose in ("error", "temperature_error"):
+        key = "mean_error" if choose == "error" else choose
+        if key not in scores:
+            who = "a gas has an error" if choose == "error" else "a gas that radiates has a temperature_error"
+            raise ValueError(f"choose: only {who}; choose t95 or correlation")
+        return max(RUINED, -scores[key]) if scores[key] is not None else RUINED + scores["mean_correlation"]
     if choose == "correlation":
         return scores["mean_correlation"]
     # Ties (no crossing within the window, say) are decided by the mean correlation.

@@ -220,10 +220,13 @@ def check_fit(experiment: "Experiment", recipe: Recipe) -> None:
             devices_for(recipe, size)
     except ValueError as error:
         raise ConfigError(f"train.mesh.batch: {str(error).removeprefix('devices: ')}") from None
-    from hybridsim.diagnostics import is_gas
+    from hybridsim.gas import gas_of
 
-    if recipe.choose == "error" and not is_gas(first.solver.variables):
+    of_gas = gas_of(first.solver)
+    if recipe.choose == "error" and of_gas is None:
         raise ConfigError("train.choose: only a gas has an error; choose t95 or correlation")
+    if recipe.choose == "temperature_error" and (of_gas is None or of_gas.rate is None):
+        raise ConfigError("train.choose: only a gas that radiates has a temperature_error; choose another")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------------
@@ -401,6 +404,8 @@ def _said(scores: dict[str, Any]) -> str:
         words.append(f"{name} {value:.3f}" if value is not None else f"{name} ≥ {scores[name + '_at_least']:.3f}")
     if scores.get("mean_error") is not None:
         words.append(f"mean error {scores['mean_error']:.4f}")
+    if scores.get("temperature_error") is not None:
+        words.append(f"error of mass per temperature {scores['temperature_error']:.4f}")
     return ", ".join(words)
 
 

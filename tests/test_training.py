@@ -27,11 +27,12 @@ from hybridsim.corrections.learned import LearnedFlux
 from hybridsim.gas import primitive
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
+from hybridsim.solvers.cooling import PowerLawCooling
 from hybridsim.solvers.initial import RandomVelocity
 from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.steppers import ETDRK4, ForwardEuler
 from hybridsim.storage import Checkpoints, CorruptError, StorageError
-from hybridsim.train import Recipe, Task, TrainingDiverged, gradient_of, parameters, score_of, train
+from hybridsim.train import Recipe, Task, TrainingDiverged, correlation_scores, gradient_of, parameters, score_of, train
 from hybridsim.training import model_to_train, recipe_of
 from hybridsim.training_log import JsonLines
 
@@ -513,6 +514,29 @@ def test_of_rollouts_that_blow_up_the_one_that_lasts_longer_is_better():
     found = [score_of(s, "error") for s in scores]
     assert found == sorted(found)
     assert len(set(np.float32(found))) == 4  # the precision in which the best one is kept
+
+
+def test_weights_are_chosen_by_the_mass_in_each_range_of_temperature():
+    """Validation says how far the mean masses per bin are from the truth's: not at all, and the further the hotter the truth is."""
+    cooling = PowerLawCooling(amplitude=3.0, exponent=0.5, reference_temperature=1.0, floor=0.1)
+    solver = gas(Grid((12,), (1.0,)), cooling=cooling)
+    model = Model(solver, ForwardEuler(), 1e-3)
+    starts = jnp.asarray(np.stack([rough_flow(solver.grid, seed, mach=0.3) for seed in range(2)]), jnp.float32)
+    data = _trajectories(model, starts, 9)
+    assert correlation_scores(model, data, 1e-3, 1, 4)["temperature_error"] == 0
+    errors = []
+    for factor in (1.05, 3.0):
+        hotter = data.copy()
+        hotter[:, 1:, 2] *= factor
+        errors.append(correlation_scores(model, hotter, 1e-3, 1, 4)["temperature_error"])
+    assert 0 < errors[0] < errors[1] <= 2
+    lost = Model(gas(Grid((12,), (1.0,)), cooling=cooling, positivity=False), ForwardEuler(), 1.0)
+    assert correlation_scores(lost, data, 1.0, 1, 4)["temperature_error"] is None
+    ranked = [{"temperature_error": e, "mean_correlation": 0.5} for e in (None, 0.4, 0.1)]
+    found = [score_of(scores, "temperature_error") for scores in ranked]
+    assert found == sorted(found)
+    with pytest.raises(ValueError, match=r"choose: only a gas that radiates has a temperature_error"):
+        score_of({"mean_error": 0.1}, "temperature_error")
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------------------
