@@ -203,14 +203,14 @@ def sweep_experiment(experiment: "Experiment", folder: Path, resume: bool, conso
 
 def _rank(experiment: "Experiment", training: bool) -> str:
     """What the cases are ranked by; refuses what this command does not measure."""
-    from hybridsim.diagnostics import is_gas
+    from hybridsim.gas import gas_of
 
     sweep, train = experiment.spec.sweep, experiment.spec.train
     assert sweep is not None
     keys = {key for case in experiment.cases for key in case.changes if key.startswith("train.")}
     if keys and not training:
         raise ConfigError(f"sweep.over.{min(keys)}: a run trains nothing, so its cases would be alike; use hybridsim train")
-    of_gas = is_gas(experiment.cases[0].experiment.solver(experiment.cases[0].run).variables)
+    of_gas = gas_of(experiment.cases[0].experiment.solver(experiment.cases[0].run))
     if sweep.rank is None:
         return train.choose if training and train is not None else ("error" if of_gas else "t95")
     if training and sweep.rank not in TRAINED:
@@ -219,6 +219,8 @@ def _rank(experiment: "Experiment", training: bool) -> str:
         raise ConfigError("sweep.rank: a run has no mean correlation; choose t95 or t80")
     if sweep.rank == "error" and not of_gas:
         raise ConfigError("sweep.rank: only a gas has an error; choose t95")
+    if sweep.rank == "temperature_error" and (of_gas is None or of_gas.rate is None):
+        raise ConfigError("sweep.rank: only a gas that radiates has a temperature_error; choose another")
     if sweep.rank == "velocity_error" and (of_gas or any(c.experiment.spec.compare.at is None for c in experiment.cases)):
         raise ConfigError("sweep.rank: velocity_error is quoted of flows that are no gas, at the time that compare.at says")
     return sweep.rank

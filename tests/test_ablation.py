@@ -141,6 +141,10 @@ def test_a_sweep_of_trainings_does_not_run(tmp_path, monkeypatch):
     result = hybridsim("train", "case.yaml")
     assert result.exit_code == 2
     assert "sweep.rank: training measures t95, t80, correlation, error" in result.stderr
+    Path("case.yaml").write_text(yaml.safe_dump(case({"train.power": [0.0, 1.0]}, rank="temperature_error")))
+    result = hybridsim("train", "case.yaml")
+    assert result.exit_code == 2
+    assert "sweep.rank: only a gas that radiates has a temperature_error" in result.stderr
 
 
 # --- ranking ---------------------------------------------------------------------------------------------------------------------
