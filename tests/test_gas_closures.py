@@ -318,11 +318,13 @@ def test_groups_that_contribute_different_things_are_added_up_by_name():
 # --- learned fluxes, sources and steps -------------------------------------------------------------------------------------------
 
 
-def test_a_learned_flux_has_every_channel_and_knows_no_mean_flow():
+@pytest.mark.parametrize("staggered", [False, True])
+def test_a_learned_flux_has_every_channel_and_knows_no_mean_flow(staggered):
     """F = (J, σ + Jv, q + σ·v + ½Jv², j + Jc): with gradients as inputs, another observer sees what Galilei says."""
     grid, boost = BOXES[2], np.array([0.7, -1.3])
     solver = gas(grid, scalars={"dye": 0.0})
-    closure = network(LearnedFlux, solver, 0.5, 1, inputs="gradient", scalar_scale=0.5)
+    options = {"staggered": staggered, "symmetric": not staggered}
+    closure = network(LearnedFlux, solver, 0.5, 1, inputs="gradient", scalar_scale=0.5, **options)
     w = noise(grid, 3)
     moving = w.copy()
     moving[1:3] += boost[:, None, None]
@@ -351,7 +353,7 @@ def test_mass_stays_where_it_is_if_asked_to():
 
 def test_a_staggered_flux_takes_no_average():
     """Where the averaged flux is (F_i + F_{i+1})/2 of what the network says of the gas in each cell, the staggered one is what it
-    says at the face, of the mean of the gas there; both are conserved alike."""
+    says at the face."""
     solver = gas(BOXES[2], scalars={"dye": 0.0})
     options = {"symmetric": False, "std": 0.5, "density_scale": 1.0, "temperature_scale": 1.0}
     centred, staggered = (network(LearnedFlux, solver, staggered=s, **options) for s in (False, True))
@@ -362,13 +364,6 @@ def test_a_staggered_flux_takes_no_average():
     half = np.stack([0.5 * (q + np.roll(q, -1, a + 1)) for a, q in enumerate(at_faces)])
     np.testing.assert_allclose(averaged, half, rtol=0, atol=1e-13 * np.abs(half).max())
     assert np.abs(averaged - at_faces).max() > 0.1 * np.abs(at_faces).max()
-    moving = view_of(solver, conserved(noise(BOXES[2], 3), 1.4, 2))
-    flux = np.asarray(staggered(moving))
-    pushed, gas_there = flux[0, 0], gas_of(moving)
-    fraction = 0.5 * (gas_there.fractions[0] + jnp.roll(gas_there.fractions[0], -1, 0))
-    still = network(LearnedFlux, solver, staggered=True, mass_flux=False, **options)
-    assert still(moving)[0, 0].max() == 0
-    assert np.abs(flux[0, 4] - pushed * fraction).max() > 1e-3
     with pytest.raises(ValueError, match=r"symmetric: not possible with staggered fluxes of a gas"):
         network(LearnedFlux, solver, staggered=True)
 
