@@ -21,6 +21,11 @@ SOLVERS: dict[str, dict[str, dict[int, str]]] = {
             2: "hybridsim.solvers.godunov:CompressibleFiniteVolume",
             3: "hybridsim.solvers.godunov:CompressibleFiniteVolume",
         },
+        "spectral": {
+            1: "hybridsim.solvers.spectral_gas:CompressibleSpectral",
+            2: "hybridsim.solvers.spectral_gas:CompressibleSpectral",
+            3: "hybridsim.solvers.spectral_gas:CompressibleSpectral",
+        },
     },
     "kuramoto_sivashinsky": {
         "finite_volume": {1: "hybridsim.solvers.kuramoto_sivashinsky:FiniteVolumeKS"},

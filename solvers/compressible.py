@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from hybridsim.contract import Real, Variable
 from hybridsim.grid import Grid, Place
@@ -259,3 +259,51 @@ def _sum(terms: Sequence[Array]) -> Array:
     for term in terms[1:]:
         total = total + term
     return total
+
+
+# --- what solvers integrate beside their steps -----------------------------------------------------------------------------------
+
+
+def kicked(equation: CompressibleNavierStokes, grid: Grid, z: PyTree, dt: Real) -> PyTree:
+    """ρv ← ρv + Δt ρa and E ← E + the work done, which leaves the internal energy as it is."""
+    d, u, forcing = grid.ndim, z["u"], equation.forcing
+    assert forcing is not None
+    a = forcing.acceleration(z["memory"], grid, u.dtype)
+    push = dt * u[0][None] * a
+    work = jnp.sum(dt * a * (u[1 : d + 1] + 0.5 * push), axis=0)
+    gained = jnp.concatenate([jnp.zeros_like(u[:1]), push, work[None], jnp.zeros_like(u[d + 2 :])])
+    means = gained.mean(axis=tuple(range(1, u.ndim)))
+    return {**z, "u": u + gained, "injected": z["injected"].at[:-1].add(means)}
+
+
+def cooled(equation: CompressibleNavierStokes, w: Float[Array, "c *grid"], z: PyTree, dt: Real) -> PyTree:
+    """E ← E − ρ (T − T')/(γ − 1), T' after Δt of cooling at constant density; `w`: the primitive variables of z."""
+    u, cooling = z["u"], equation.cooling
+    d = u.ndim - 1
+    assert cooling is not None
+    gamma = jnp.asarray(equation.gamma, u.dtype)
+    energy = u[d + 1] - w[0] * cooling.drop(w[d + 1] / w[0], w[0], dt, gamma) / (gamma - 1)
+    # What has left the state, rounding included.
+    lost = jnp.mean(u[d + 1] - energy)
+    kept = jnp.concatenate([u[: d + 1], energy[None], u[d + 2 :]])
+    return {**z, "u": kept, "injected": z["injected"].at[d + 1].add(-lost).at[-1].add(lost)}
+
+
+def wave_rate(
+    equation: CompressibleNavierStokes, grid: Grid, w: Float[Array, "c *grid"], diffusive: float
+) -> Float[Array, "*grid"]:
+    """Σ_a ((|v_a| + a)/Δx_a + `diffusive` D/Δx_a²), D the largest of 4μ/(3ρ), γμ/(ρ Pr) and the scalars' κ."""
+    d = grid.ndim
+    gamma = jnp.asarray(equation.gamma, w.dtype)
+    sound = jnp.sqrt(gamma * w[d + 1] / w[0])
+    rate = jnp.zeros_like(sound)
+    for axis, h in enumerate(grid.spacing):
+        rate = rate + (jnp.abs(w[1 + axis]) + sound) / h
+    if not equation.ideal:
+        kinematic = equation.dynamic_viscosity(w[d + 1] / w[0]) / w[0]
+        diffusivity = kinematic * jnp.maximum(4 / 3, gamma / jnp.asarray(equation.prandtl, w.dtype))
+        for kappa in equation.scalars.values():
+            if not is_zero(kappa):
+                diffusivity = jnp.maximum(diffusivity, jnp.asarray(kappa, w.dtype))
+        rate = rate + diffusive * diffusivity * sum(1 / h**2 for h in grid.spacing)
+    return rate

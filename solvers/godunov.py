@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from hybridsim.contract import AbstractSolver, Flux, Interpolation, PostStep, Real, Replacement, Source, Variable
 from hybridsim.grid import Grid, cell_mean
 from hybridsim.solvers import staggering
-from hybridsim.solvers.compressible import AXES, SIDES, CompressibleNavierStokes, is_zero
+from hybridsim.solvers.compressible import AXES, SIDES, CompressibleNavierStokes, cooled, kicked, wave_rate
 from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, null_space
 from hybridsim.solvers.riemann import RIEMANN_SOLVERS
 from hybridsim.solvers.staggering import part
@@ -267,36 +267,13 @@ class CompressibleFiniteVolume(AbstractSolver):
         forcing = self.equation.forcing
         if forcing is not None:
             # Half of the work with the force before the step, half with that after it.
-            z = self._kicked(z, 0.5 * dt)
+            z = kicked(self.equation, self.grid, z, 0.5 * dt)
             z = {**z, "memory": forcing.advance(z["memory"], t, dt)}
-        return z if self.equation.cooling is None else self._cooled(z, 0.5 * dt)
+        return z if self.equation.cooling is None else cooled(self.equation, self._sweep.primitive(z["u"]), z, 0.5 * dt)
 
     def leave(self, z, t, dt):
-        z = z if self.equation.cooling is None else self._cooled(z, 0.5 * dt)
-        return z if self.equation.forcing is None else self._kicked(z, 0.5 * dt)
-
-    def _kicked(self, z: PyTree, dt: Real) -> PyTree:
-        """ρv ← ρv + Δt ρa and E ← E + the work done, which leaves the internal energy as it is."""
-        d, u, forcing = self.grid.ndim, z["u"], self.equation.forcing
-        assert forcing is not None
-        a = forcing.acceleration(z["memory"], self.grid, u.dtype)
-        push = dt * u[0][None] * a
-        work = jnp.sum(dt * a * (u[1 : d + 1] + 0.5 * push), axis=0)
-        gained = jnp.concatenate([jnp.zeros_like(u[:1]), push, work[None], jnp.zeros_like(u[d + 2 :])])
-        means = gained.mean(axis=tuple(range(1, u.ndim)))
-        return {**z, "u": u + gained, "injected": z["injected"].at[:-1].add(means)}
-
-    def _cooled(self, z: PyTree, dt: Real) -> PyTree:
-        """E ← E − ρ (T − T')/(γ − 1), T' after Δt of cooling at constant density."""
-        d, u, cooling = self.grid.ndim, z["u"], self.equation.cooling
-        assert cooling is not None
-        w = self._sweep.primitive(u)
-        gamma = jnp.asarray(self.equation.gamma, u.dtype)
-        energy = u[d + 1] - w[0] * cooling.drop(w[d + 1] / w[0], w[0], dt, gamma) / (gamma - 1)
-        # What has left the state, rounding included.
-        lost = jnp.mean(u[d + 1] - energy)
-        cooled = jnp.concatenate([u[: d + 1], energy[None], u[d + 2 :]])
-        return {**z, "u": cooled, "injected": z["injected"].at[d + 1].add(-lost).at[-1].add(lost)}
+        z = z if self.equation.cooling is None else cooled(self.equation, self._sweep.primitive(z["u"]), z, 0.5 * dt)
+        return z if self.equation.forcing is None else kicked(self.equation, self.grid, z, 0.5 * dt)
 
     def stable_dt(self, u):
         """1 / max Σ_a ((|v_a| + a)/Δx_a + 2 D/Δx_a²): waves and explicit diffusion at Courant number 1.
@@ -304,18 +281,5 @@ class CompressibleFiniteVolume(AbstractSolver):
         a is the sound speed, D the largest of 4μ/(3ρ), γμ/(ρ Pr) and the scalars' κ. The positivity limiter's bound is Courant
         number ½ of the waves alone.
         """
-        d = self.grid.ndim
-        w = self._sweep.primitive(u)
-        gamma = jnp.asarray(self.equation.gamma, u.dtype)
-        sound = jnp.sqrt(gamma * w[d + 1] / w[0])
-        rate = jnp.zeros_like(sound)
-        for axis, h in enumerate(self.grid.spacing):
-            rate = rate + (jnp.abs(w[1 + axis]) + sound) / h
-        if not self.equation.ideal:
-            kinematic = self.equation.dynamic_viscosity(w[d + 1] / w[0]) / w[0]
-            diffusivity = kinematic * jnp.maximum(4 / 3, gamma / jnp.asarray(self.equation.prandtl, u.dtype))
-            for kappa in self.equation.scalars.values():
-                if not is_zero(kappa):
-                    diffusivity = jnp.maximum(diffusivity, jnp.asarray(kappa, u.dtype))
-            rate = rate + 2 * diffusivity * sum(1 / h**2 for h in self.grid.spacing)
+        rate = wave_rate(self.equation, self.grid, self._sweep.primitive(u), 2)
         return 1 / jnp.maximum(jnp.max(rate), jnp.finfo(u.dtype).tiny)

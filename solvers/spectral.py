@@ -152,7 +152,7 @@ class _Spectral(AbstractSolver):
 
     def restrict(self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "c *grid"]:
         """Sharp spectral cut at this grid's Nyquist wavenumber, then projection."""
-        _same_box(grid, self.grid)
+        same_box(grid, self.grid)
         cut = [resample(q, self.grid.shape, v.at, self.grid.centre) for q, v in zip(u, variables, strict=True)]
         return self.project(jnp.stack(cut))
 
@@ -535,6 +535,6 @@ class Spectral3D(_Spectral):
         return {"velocity": rate, "mean": mean} | ({"scalars": carried} if scalars else {})
 
 
-def _same_box(fine: Grid, coarse: Grid) -> None:
+def same_box(fine: Grid, coarse: Grid) -> None:
     if not np.allclose(fine.lengths, coarse.lengths, rtol=1e-12):
         raise ValueError(f"the fine and the coarse grid must span the same box, found lengths {fine.lengths} and {coarse.lengths}")
