@@ -97,11 +97,11 @@ class CompressibleSpectral(AbstractSolver):
     def _inverse(self, hat: Array) -> Array:
         return jnp.fft.irfftn(hat, s=self.grid.shape, axes=tuple(range(-self.grid.ndim, 0)))
 
-    def _times(self, factor: Float[Array, "*k"], hat: Array) -> Array:
+    def _times(self, factor: Float[Array, " *k"], hat: Array) -> Array:
         """The same factor for each of the channels, which come first."""
         return factor.reshape((1,) * (hat.ndim - factor.ndim) + factor.shape) * hat
 
-    def _slopes(self, arrays: dict[str, Array], hat: Array) -> Float[Array, "axis ..."]:
+    def _slopes(self, arrays: dict[str, Array], hat: Array) -> Float[Array, "axis *rest"]:
         return self._inverse(1j * jnp.stack([self._times(arrays[f"k{a}"], hat) for a in range(self.grid.ndim)]))
 
     def _outflow(self, arrays: dict[str, Array], flux: Array) -> Array:

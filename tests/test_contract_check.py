@@ -431,7 +431,7 @@ def test_quick_takes_each_solver_in_the_fewest_dimensions_that_fit():
     assert len(solvers_to_check()) == 12
     with pytest.raises(ConfigError, match="solver: no solver is called '4d'; the words are: 1d, 2d, 3d, compressible"):
         solvers_to_check("4D")
-    with pytest.raises(ConfigError, match="solver: no solver is 'kuramoto_sivashinsky 2d'; there are compressible 1D finite_volume"):
+    with pytest.raises(ConfigError, match="no solver is 'kuramoto_sivashinsky 2d'; there are compressible 1D finite_volume"):
         solvers_to_check("kuramoto_sivashinsky 2d")
 
 

@@ -59,14 +59,14 @@ def test_rates_converge_faster_than_any_power(d):
     """Against the same flow on a grid that resolves every product."""
     fine = 48
     exact = CompressibleSpectral(Grid((fine,) * d, (1.0,) * d), VISCOUS, "none").explicit(
-        {"u": smooth(fine, d, VISCOUS), "injected": jnp.zeros(d + 4)}, 0.0, lambda z, t: None
+        {"u": smooth(fine, d, VISCOUS), "injected": jnp.zeros(d + 4)}, jnp.zeros(()), lambda z, t: None
     )["u"]
     waves = sum(np.meshgrid(*[np.arange(3)] * d, indexing="ij"))
     at_corners = lambda m: np.exp(-1j * np.pi * waves / m)  # noqa: E731
     errors = []
     for n in (8, 16, 24):
         solver = CompressibleSpectral(Grid((n,) * d, (1.0,) * d), VISCOUS, "none")
-        rate = solver.explicit({"u": smooth(n, d, VISCOUS), "injected": jnp.zeros(d + 4)}, 0.0, lambda z, t: None)["u"]
+        rate = solver.explicit({"u": smooth(n, d, VISCOUS), "injected": jnp.zeros(d + 4)}, jnp.zeros(()), lambda z, t: None)["u"]
         # cells' centres differ from grid to grid: the longest waves are compared, with their phases at the corner of the box
         low = [np.fft.fftn(np.asarray(q), axes=range(1, d + 1)) / q[0].size for q in (rate, exact)]
         pick = np.ix_(range(rate.shape[0]), *[[0, 1, 2]] * d)
