@@ -808,7 +808,7 @@ def solvers_to_check(words: str | None = None) -> list[tuple[str, int, str, type
     """(equation, dimensions, name, class) of every solver of the catalogue whose label has all the words, as `spectral 2D` has.
 
     >>> [f"{equation} {dims}D {name}" for equation, dims, name, _ in solvers_to_check("spectral 2D")]
-    ['navier_stokes 2D spectral']
+    ['compressible 2D spectral', 'navier_stokes 2D spectral']
     """
     every = []
     for equation, table in solver_tables().items():

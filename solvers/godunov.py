@@ -281,5 +281,5 @@ class CompressibleFiniteVolume(AbstractSolver):
         a is the sound speed, D the largest of 4μ/(3ρ), γμ/(ρ Pr) and the scalars' κ. The positivity limiter's bound is Courant
         number ½ of the waves alone.
         """
-        rate = wave_rate(self.equation, self.grid, self._sweep.primitive(u), 2)
+        rate = wave_rate(self.equation, self.grid, self._sweep.primitive(u), 2.0)
         return 1 / jnp.maximum(jnp.max(rate), jnp.finfo(u.dtype).tiny)
