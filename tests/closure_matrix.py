@@ -6,9 +6,10 @@ WAVES = ("ks_spectral", "ks_finite_volume")
 FLOWS = ("spectral_2d", "finite_volume_2d", "spectral_3d", "finite_volume_3d")
 WALLS = ("walls_2d",)
 GASES = ("gas_1d", "gas_2d", "gas_3d")
+SPECTRAL_GASES = ("gas_spectral_2d", "gas_spectral_3d")
 HOSTED = ("jax_cfd_spectral_2d", "jax_cfd_finite_volume_2d")
 
-OWN = (*WAVES, *FLOWS, *WALLS, *GASES)
+OWN = (*WAVES, *FLOWS, *WALLS, *GASES, *SPECTRAL_GASES)
 SOLVERS = {
     "ks_spectral": "Kuramoto–Sivashinsky, spectral",
     "ks_finite_volume": "Kuramoto–Sivashinsky, finite volume",
@@ -20,6 +21,8 @@ SOLVERS = {
     "gas_1d": "gas 1D, finite volume",
     "gas_2d": "gas 2D, finite volume",
     "gas_3d": "gas 3D, finite volume",
+    "gas_spectral_2d": "gas 2D, spectral",
+    "gas_spectral_3d": "gas 3D, spectral",
     "jax_cfd_spectral_2d": "jax-cfd 2D, spectral",
     "jax_cfd_finite_volume_2d": "jax-cfd 2D, finite volume",
 }
@@ -56,6 +59,8 @@ DEFAULT = {
     ("graph_network", "source", "spectral_2d"),
     ("graph_network", "replacement", "finite_volume_3d"),
     ("graph_flux", "flux", "gas_2d"),
+    ("cnn", "flux", "gas_spectral_3d"),
+    ("dilated_resnet", "source", "gas_spectral_2d"),
     ("tensor_basis_flux", "flux", "spectral_3d"),
 }
 """The cells that every run of the tests goes through; the others are marked slow."""

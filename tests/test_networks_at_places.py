@@ -24,10 +24,12 @@ from hybridsim.corrections.networks import CNN, DilatedResNet, UNet
 from hybridsim.corrections.tensor_basis import TensorBasisFlux, invariants, tensors
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
+from hybridsim.solvers.compressible import CompressibleNavierStokes
 from hybridsim.solvers.hosted import JaxCFDFiniteVolume, JaxCFDSpectral, JaxCFDStepper
 from hybridsim.solvers.incompressible import NavierStokes
 from hybridsim.solvers.kuramoto_sivashinsky import FiniteVolumeKS, KuramotoSivashinsky, SpectralKS
-from hybridsim.solvers.steppers import ETDRK4, ForwardEuler
+from hybridsim.solvers.spectral_gas import CompressibleSpectral
+from hybridsim.solvers.steppers import ETDRK4, SSPRK3, ForwardEuler
 
 DOCS = Path(__file__).parent.parent / "docs" / "closures.md"
 
@@ -55,8 +57,11 @@ def solver_at(name):
         make = SpectralKS if name == "ks_spectral" else FiniteVolumeKS
         return make(Grid((12,), (22.0,)), KuramotoSivashinsky()), ETDRK4()
     if name.startswith("gas"):
-        dims = int(name[4])
+        spectral = name.startswith("gas_spectral")
+        dims = int(name.removeprefix("gas_spectral_" if spectral else "gas_")[0])
         grid = Grid((8, 6, 5)[:dims], (1.0, 0.9, 0.8)[:dims])
+        if spectral:
+            return CompressibleSpectral(grid, CompressibleNavierStokes(viscosity=1e-3)), SSPRK3()
         return gas(grid, viscosity=1e-3, riemann="llf", positivity=False), ForwardEuler()
     if name.startswith("jax_cfd"):
         make = JaxCFDSpectral if name == "jax_cfd_spectral_2d" else JaxCFDFiniteVolume
