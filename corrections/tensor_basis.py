@@ -23,8 +23,16 @@ def _product(*factors: Tensor) -> Tensor:
     """A B ⋯: products of the matrices of each cell."""
     first, *rest = factors
     for other in rest:
-        first = jnp.sum(first[:, :, None] * other[None], axis=1)
+        # no jnp.sum over k: JAX 0.10.2 on CPU gets it wrong from the 32768th element of a sum on, in single precision
+        terms = [first[:, k, None] * other[k][None] for k in range(len(other))]
+        first = sum(terms[1:], terms[0])
     return first
+
+
+def _applied(a: Tensor, q: Float[Array, "j *grid"]) -> Float[Array, "i *grid"]:
+    """A q in each cell."""
+    terms = [a[:, j] * q[j][None] for j in range(len(q))]
+    return sum(terms[1:], terms[0])
 
 
 def _trace(a: Tensor) -> Float[Array, "*grid"]:
@@ -142,6 +150,6 @@ class TensorBasisFlux(Flux):
             if c not in columns:
                 h = out[self.tensors :, None]
                 slope = slopes[:, c]
-                turned = [jnp.sum(a * slope[None], axis=1) for a in (s, w)]
+                turned = [_applied(a, slope) for a in (s, w)]
                 columns[c] = -(speed**2) * size[None] * (h[0] * slope + h[1] * turned[0] + h[2] * turned[1])
         return view.to_flux_points(jnp.stack([columns[c] for c in range(len(names))], axis=1))
