@@ -4,6 +4,7 @@ they have nothing in common, so that weights of order one make sense.
 Differentiable in the trajectory; the numbers that a report shows come from `hybridsim.diagnostics`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hybridsim import gas
 from hybridsim.contract import AbstractSolver
 from hybridsim.diagnostics import VELOCITIES, is_gas
 from hybridsim.grid import Grid, Place
@@ -252,6 +254,44 @@ def temperature(context: Context, u: Trajectory, truth: Trajectory, start: Array
     return jnp.mean(_square(ours - theirs, None) / (scale + jnp.finfo(u.dtype).tiny))
 
 
+PHASES = 64
+"""How many ranges of temperature `phases` tells apart; six decades."""
+
+
+def phases(context: Context, u: Trajectory, truth: Trajectory, start: Array) -> Float[Array, ""]:
+    """Σ_b (m_b − m_b,ref)² / (m_b + m_b,ref) / Σ m_b,ref, m_b the mass per range of temperature, the mean over the unrolled frames.
+
+    The triangular discrimination of Topsøe (2000, doi:10.1109/18.850703): for equal masses, with V = Σ |m_b − m_b,ref| / Σ m_b,ref,
+    which `hybridsim.gas.phase_distance` reports, ½ V² ≤ L ≤ V. The ranges are those of the report, but neighbours share the mass
+    between their centres linearly in ln T, so that it has a gradient. Where the gas is does not count.
+    """
+    width = math.log(10) / gas.BINS_PER_DECADE
+
+    def parts(q: Trajectory) -> tuple[Float[Array, "frame cell"], Float[Array, "frame cell"]]:
+        others = dict(fields_of(context.solver, q).others)
+        rho, pressure = (others[name].reshape(q.shape[0], -1) for name in ("density", "pressure"))
+        cold = jnp.finfo(q.dtype).tiny
+        # a density of nothing is judged elsewhere; here it must only stay finite
+        place = jnp.log(jnp.maximum(pressure, cold) / jnp.where(rho > 0, rho, 1)) / width - (gas.OFFSET + 0.5)
+        return rho, place
+
+    ours, theirs = parts(u), parts(truth)
+    first = jax.lax.stop_gradient(jnp.round(0.5 * (theirs[1].min() + theirs[1].max()))) - PHASES // 2
+
+    def masses(rho: Float[Array, "frame cell"], place: Float[Array, "frame cell"]) -> Float[Array, " range"]:
+        at = jnp.clip(place - first, 0, PHASES - 1)
+        below = jnp.minimum(jnp.floor(at), PHASES - 2)
+        share = at - below
+        index = below.astype(jnp.int32).reshape(-1)
+        lower = jax.ops.segment_sum((rho * (1 - share)).reshape(-1), index, PHASES)
+        upper = jax.ops.segment_sum((rho * share).reshape(-1), index + 1, PHASES)
+        return lower + upper
+
+    m, known = masses(*ours), masses(*theirs)
+    whole = known.sum()
+    return jnp.sum((m - known) ** 2 / (jnp.abs(m) + known + SMALLEST * whole)) / whole
+
+
 def residual(context: Context, u: Trajectory, truth: Trajectory, start: Array) -> Float[Array, ""]:
     """Mean over frames of ‖uₙ₊₁ − Φ₀(uₙ)‖² / ‖Φ₀(uₙ) − uₙ‖², Φ₀ the run's own solver without closures over one frame.
 
@@ -272,6 +312,7 @@ TERMS: dict[str, Term] = {
     "dissipation": dissipation,
     "transfer": transfer,
     "temperature": temperature,
+    "phases": phases,
     "residual": residual,
 }
 """The terms by the name that `train.loss` gives them."""
@@ -287,8 +328,8 @@ def check_terms(weights: Mapping[str, float], solver: AbstractSolver) -> None:
             raise ValueError(
                 f"{name}: counts Fourier modes, so it needs boundaries that are periodic along every axis; leave it out"
             )
-        if name == "temperature" and not is_gas(solver.variables):
-            raise ValueError("temperature: only a gas has one, the equation of this run does not; leave it out")
+        if name in ("temperature", "phases") and not is_gas(solver.variables):
+            raise ValueError(f"{name}: only a gas has temperatures, the equation of this run does not; leave it out")
         if name == "transfer" and is_gas(solver.variables):
             raise ValueError(
                 "transfer: the flux of kinetic energy through scales is defined for incompressible flow and KS, not for a gas"

@@ -256,6 +256,7 @@ class Losses(Section):
     dissipation: NotNegative = Field(default=0.0, description="squared ln of the ratio of ⟨|∇v|²⟩")
     transfer: NotNegative = Field(default=0.0, description="relative squared error of the energy flux through scales")
     temperature: NotNegative = Field(default=0.0, description="of a gas: relative squared error of p/ρ, each cell counting alike")
+    phases: NotNegative = Field(default=0.0, description="of a gas: how the mass per range of temperature differs")
     residual: NotNegative = Field(default=0.0, description="relative squared distance from a frame of the solver without closures")
 
 

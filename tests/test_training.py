@@ -24,7 +24,7 @@ from hybridsim.config import experiment_from
 from hybridsim.contract import with_constants
 from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky
 from hybridsim.corrections.learned import LearnedFlux
-from hybridsim.gas import primitive
+from hybridsim.gas import Gas, phase_distance, phases, primitive, temperature_bins
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.cooling import PowerLawCooling
@@ -472,8 +472,44 @@ def test_hot_thin_gas_beside_cold_dense_gas_counts_by_its_temperature():
     assert float(value) == 0
     assert bool(jnp.all(jnp.isfinite(slope)))
     line = SpectralKS(Grid((8,), (22.0,)), KuramotoSivashinsky())
-    with pytest.raises(ValueError, match=r"temperature: only a gas"):
-        losses.check_terms({"temperature": 1.0}, line)
+    for name in ("temperature", "phases"):
+        with pytest.raises(ValueError, match=rf"{name}: only a gas"):
+            losses.check_terms({name: 1.0}, line)
+
+
+def test_the_masses_of_the_phases_count_wherever_they_are(x64, rng):
+    solver = gas(Grid((8, 8), (1.0, 1.0), boundaries=("periodic", "outflow")))
+
+    def state(temperatures, density):
+        momentum = 0.1 * density
+        energy = temperatures * density / 0.4 + 0.5 * momentum**2 / density
+        return jnp.asarray(np.stack([density, momentum, 0 * density, energy], axis=1))
+
+    # temperatures at the centres of the report's bins, where all mass belongs to one: the two measures then know the same masses
+    bins = temperature_bins(1e-3, 1.0)[1:-1]
+    draw = lambda: state(rng.choice(bins, (3, 8, 8)), rng.uniform(0.5, 50.0, (3, 8, 8)))  # noqa: E731
+    truth, other = draw(), draw()
+    context = _context(solver, truth)
+    loss = jax.jit(lambda u: losses.phases(context, u, truth, truth[0]))
+    centres = temperature_bins(1e-3, 1.0)
+    found, known = (phases(u, solver.grid, Gas(1.4), centres)[:, 0].mean(axis=0) for u in (other, truth))
+    apart = phase_distance(found, known)
+    expected = ((found - known) ** 2 / (found + known + 1e-7 * known.sum())).sum() / known.sum()
+    np.testing.assert_allclose(float(loss(other)), expected, rtol=1e-6)
+    assert 0.5 * apart**2 <= float(loss(other)) * (1 + 1e-5) <= apart
+    # where the gas is, and when, does not count
+    moved = truth[::-1, :, ::-1, :]
+    assert float(loss(moved)) < 1e-12 < float(losses.temperature(context, moved, truth, truth[0]))
+    # half of the mass in a bin that the truth has none in, and none where half of it is
+    halves = [np.where(np.arange(8) < 4, t, bins[3]) * np.ones((3, 8, 1)) for t in (bins[10], bins[20])]
+    one, two = (state(t, np.ones((3, 8, 8))) for t in halves)
+    np.testing.assert_allclose(float(losses.phases(context, one, two, two[0])), 1.0, rtol=1e-5)
+    # and between the centres it has the gradient that differences find
+    smooth = state(np.exp(rng.uniform(-6, 0, (3, 8, 8))), rng.uniform(0.5, 50.0, (3, 8, 8)))
+    step = jnp.asarray(rng.standard_normal(smooth.shape)) * smooth
+    slope = float(jnp.sum(jax.grad(loss)(smooth) * step))
+    h = 1e-6
+    np.testing.assert_allclose(slope, float(loss(smooth + h * step) - loss(smooth - h * step)) / (2 * h), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -640,7 +676,7 @@ def test_the_page_on_training_is_true():
     recipe = recipe_of(experiment.spec.train)
     assert len(experiment.variants) == 2
     assert recipe.longest == 18
-    assert set(dict(recipe.loss)) == set(losses.TERMS) - {"temperature"}  # the example is no gas
+    assert set(dict(recipe.loss)) == set(losses.TERMS) - {"temperature", "phases"}  # the example is no gas
     assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(losses.TERMS)
     for task in (experiment, *experiment.variants):
         assert parameters(model_to_train(task, 0)[0].closures) == 1
