@@ -23,7 +23,7 @@ def _product(*factors: Tensor) -> Tensor:
     """A B ⋯: products of the matrices of each cell."""
     first, *rest = factors
     for other in rest:
-        # no jnp.sum over k: JAX 0.10.2 on CPU gets it wrong from the 32768th element of a sum on, in single precision
+        # no jnp.sum over k, which XLA on CPU (JAX 0.10.2) gets wrong: tests/test_compiled.py
         terms = [first[:, k, None] * other[k][None] for k in range(len(other))]
         first = sum(terms[1:], terms[0])
     return first

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybridsim import gas
 from hybridsim.contract import AbstractSolver
@@ -263,23 +263,28 @@ def phases(context: Context, u: Trajectory, truth: Trajectory, start: Array) -> 
 
     The triangular discrimination of Topsøe (2000, doi:10.1109/18.850703): for equal masses, with V = Σ |m_b − m_b,ref| / Σ m_b,ref,
     which `hybridsim.gas.phase_distance` reports, ½ V² ≤ L ≤ V. The ranges are those of the report, but neighbours share the mass
-    between their centres linearly in ln T, so that it has a gradient. Where the gas is does not count.
+    between their centres linearly in ln T, so that gas has a price on moving to the next range; gas that no range of the truth is
+    near to has none, which is what `state` and `temperature` are there for. Where the gas is does not count. Cells without a
+    positive density and pressure have no temperature: their mass is in the lowest range.
     """
     width = math.log(10) / gas.BINS_PER_DECADE
 
-    def parts(q: Trajectory) -> tuple[Float[Array, "frame cell"], Float[Array, "frame cell"]]:
+    def parts(q: Trajectory) -> tuple[Float[Array, "frame cell"], Float[Array, "frame cell"], Bool[Array, "frame cell"]]:
         others = dict(fields_of(context.solver, q).others)
         rho, pressure = (others[name].reshape(q.shape[0], -1) for name in ("density", "pressure"))
-        cold = jnp.finfo(q.dtype).tiny
-        # a density of nothing is judged elsewhere; here it must only stay finite
-        place = jnp.log(jnp.maximum(pressure, cold) / jnp.where(rho > 0, rho, 1)) / width - (gas.OFFSET + 0.5)
-        return rho, place
+        sound = (rho > 0) & ~(pressure <= 0)
+        temperature = jnp.where(sound, pressure, 1) / jnp.where(sound, rho, 1)
+        return rho, jnp.log(temperature) / width - (gas.OFFSET + 0.5), sound
 
     ours, theirs = parts(u), parts(truth)
-    first = jax.lax.stop_gradient(jnp.round(0.5 * (theirs[1].min() + theirs[1].max()))) - PHASES // 2
+    lowest = jnp.min(theirs[1], where=theirs[2], initial=jnp.inf)
+    highest = jnp.max(theirs[1], where=theirs[2], initial=-jnp.inf)
+    first = jax.lax.stop_gradient(jnp.round(0.5 * (lowest + highest))) - PHASES // 2
 
-    def masses(rho: Float[Array, "frame cell"], place: Float[Array, "frame cell"]) -> Float[Array, " range"]:
-        at = jnp.clip(place - first, 0, PHASES - 1)
+    def masses(
+        rho: Float[Array, "frame cell"], place: Float[Array, "frame cell"], sound: Bool[Array, "frame cell"]
+    ) -> Float[Array, " range"]:
+        at = jnp.where(sound, jnp.clip(place - first, 0, PHASES - 1), 0)
         below = jnp.minimum(jnp.floor(at), PHASES - 2)
         share = at - below
         index = below.astype(jnp.int32).reshape(-1)

@@ -17,22 +17,24 @@ from hybridsim.solvers.spectral import Dealiasing, dealiasing_mask, same_box
 
 
 class CompressibleSpectral(AbstractSolver):
-    """∂t ρ = −∇·m,  ∂t (ρφ) = −½ [∇·(mφ) + m·∇φ + φ ∇·m] + P(k) ∇·(viscous fluxes),  m = ρv,  φ = v, h = (E + p)/ρ and c.
+    """∂t ρ = −P ∇·m,  ∂t (ρv) = −P (C(v) + ∇p − ∇·τ),  ∂t E = −P (C(h) − ∇·(τ·v + λ∇T)),  ∂t (ρc) = −P (C(c) − ∇·(ρκ∇c)).
 
-    Compressible Navier–Stokes equations with passive scalars in one to three dimensions, all sides periodic. The convective terms
-    are the mean of their divergence and advective forms (Feiereisen, Reynolds & Ferziger 1981; Kennedy & Gruber 2008,
-    doi:10.1016/j.jcp.2007.09.020, section 3), which aliasing errors disturb less than the divergence form: convection alone then
-    changes neither the sum of ρφ nor, in space, that of ρ|v|².
+    C(φ) = ½ [∇·(mφ) + m·∇φ + φ ∇·m], m = ρv, h = (E + p)/ρ, P the mask of `dealias`: compressible Navier–Stokes equations with
+    passive scalars in one to three dimensions, all sides periodic. C is the mean of the divergence and the advective form
+    (Feiereisen, Reynolds & Ferziger 1981; the quadratic split form of Kennedy & Gruber 2008, doi:10.1016/j.jcp.2007.09.020), which
+    aliasing errors disturb less than the divergence form: without a mask, on a grid without Nyquist's waves, C(v) and ∇·m leave
+    Σ ρ|v|² as it is, whatever is aliased.
 
     **Arguments:**
 
     - `grid`: a periodic `Grid` of at least 4 cells per axis.
     - `equation`: `CompressibleNavierStokes`; viscous, or run for a short time: nothing else damps the shortest waves.
-    - `dealias`: `hou_li` (default), `two_thirds` or `none`; see `dealiasing_mask`. Applied to every tendency, never to the state.
+    - `dealias`: `hou_li` (default), `two_thirds` or `none`; see `dealiasing_mask`. P multiplies every tendency, viscous
+      ones too; waves with P < 0.1 are not in the state at all.
 
     Spectral accuracy in space while the flow is resolved; for smooth turbulence much less error per cell than finite volumes. Not
     for shocks, which ring, and not for cold or dilute gas: nothing keeps density and pressure positive. Mass, momentum, energy and
-    scalars are conserved to rounding for any Flux closure. One evaluation in three dimensions takes 42 real transforms.
+    scalars are conserved to rounding for any Flux closure. One evaluation in three dimensions takes 45 real transforms.
     """
 
     grid: Grid
@@ -74,6 +76,11 @@ class CompressibleSpectral(AbstractSolver):
     def large_program(self) -> bool:
         return self.grid.ndim == 3
 
+    def _mask(self) -> np.ndarray:
+        """P(k), and zero where P < 0.1: such waves would hardly be damped, by no viscosity either, and go on being aliased."""
+        mask = dealiasing_mask(self.grid, self.dealias)
+        return np.where(mask < 0.1, 0.0, mask)
+
     def prepare(self, dtype) -> "CompressibleSpectral":
         k = self.grid.wavenumbers()
         # one vector per axis, without Nyquist's wave, whose derivative is not on the grid
@@ -81,8 +88,8 @@ class CompressibleSpectral(AbstractSolver):
             f"k{a}": np.where(np.isclose(2 * np.abs(q) * length, 2 * np.pi * n), 0.0, q)
             for a, (q, n, length) in enumerate(zip(k, self.grid.shape, self.grid.lengths, strict=True))
         }
-        mask = dealiasing_mask(self.grid, self.dealias)
-        real |= {"mask": mask, "moving": np.where(sum(q**2 for q in k) > 0, mask, 0.0), "keep": dealiasing_mask(self.grid, "none")}
+        mask = self._mask()
+        real |= {"mask": mask, "moving": np.where(sum(q**2 for q in k) > 0, mask, 0.0), "keep": np.where(mask > 0, 1.0, 0.0)}
         arrays = {name: jnp.asarray(a, dtype) for name, a in real.items()}
         return eqx.tree_at(lambda s: s.arrays, self, arrays, is_leaf=lambda a: a is None)
 
@@ -122,7 +129,7 @@ class CompressibleSpectral(AbstractSolver):
         return z
 
     def project(self, u: Float[Array, "c *grid"]) -> Float[Array, "c *grid"]:
-        """u without Nyquist's waves."""
+        """u without the waves that P removes, Nyquist's among them."""
         return self._inverse(self._times(self._arrays(u.dtype)["keep"], self._forward(u)))
 
     def divergence(self, u: Float[Array, "c *grid"]) -> None:
@@ -162,7 +169,7 @@ class CompressibleSpectral(AbstractSolver):
     @property
     def flux_response(self) -> float:
         """max P(k)² k²."""
-        mask = dealiasing_mask(self.grid, self.dealias)
+        mask = self._mask()
         return float(np.max(mask**2 * sum(k**2 for k in self.grid.wavenumbers())))
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ class CompressibleSpectral(AbstractSolver):
         fluxes = jnp.stack([jnp.stack(row) for row in rows])
         if viscous:
             fluxes = fluxes - self._viscous(w, slopes)
-        # no jnp.sum: XLA on CPU (JAX 0.10.2) gets it wrong here from the 32768th element of a sum on
+        # no jnp.sum, which XLA on CPU (JAX 0.10.2) gets wrong here: tests/test_compiled.py
         along = [m[a][None] * slopes[a, : carried.shape[0]] for a in range(d)]
         advected = 0.5 * (sum(along[1:], along[0]) + carried * divergence[None])
         change = self._outflow(arrays, self._forward(fluxes)) + self._forward(advected)
@@ -238,12 +245,19 @@ class CompressibleSpectral(AbstractSolver):
             # Half of the work with the force before the step, half with that after it.
             z = kicked(self.equation, self.grid, z, 0.5 * dt)
             z = {**z, "memory": forcing.advance(z["memory"], t, dt)}
-        return z if self.equation.cooling is None else cooled(self.equation, self.equation.primitive(z["u"]), z, 0.5 * dt)
+        return self._cut(self._cooled(z, dt))
 
     def leave(self, z, t, dt):
-        if self.equation.cooling is not None:
-            z = cooled(self.equation, self.equation.primitive(z["u"]), z, 0.5 * dt)
-        return z if self.equation.forcing is None else kicked(self.equation, self.grid, z, 0.5 * dt)
+        z = self._cooled(z, dt)
+        return self._cut(z if self.equation.forcing is None else kicked(self.equation, self.grid, z, 0.5 * dt))
+
+    def _cooled(self, z: PyTree, dt) -> PyTree:
+        return z if self.equation.cooling is None else cooled(self.equation, self.equation.primitive(z["u"]), z, 0.5 * dt)
+
+    def _cut(self, z: PyTree) -> PyTree:
+        """Products with forces and cooling rates have waves of all lengths."""
+        untouched = self.equation.forcing is None and self.equation.cooling is None
+        return z if untouched else {**z, "u": self.project(z["u"])}
 
     def stable_dt(self, u):
         """1 / max Σ_a ((|v_a| + a)/Δx_a + π D/Δx_a²): waves and diffusion at Courant number 1, where |λ| Δt = π at the cut-off.

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flows import steps
 
 from hybridsim.check import violations
 from hybridsim.corrections.learned import LearnedFlux
@@ -12,9 +13,12 @@ from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.compressible import CompressibleNavierStokes
 from hybridsim.solvers.compressible_initial import LinearWave
+from hybridsim.solvers.cooling import PowerLawCooling
 from hybridsim.solvers.godunov import CompressibleFiniteVolume
+from hybridsim.solvers.spectral import dealiasing_mask
 from hybridsim.solvers.spectral_gas import CompressibleSpectral
 from hybridsim.solvers.steppers import SSPRK3
+from hybridsim.solvers.stirring import OrnsteinUhlenbeck
 
 VISCOUS = CompressibleNavierStokes(gamma=5 / 3, viscosity=2e-3, prandtl=0.7, viscosity_exponent=0.5, scalars={"dye": 1e-3})
 
@@ -85,9 +89,12 @@ def test_agrees_with_finite_volumes_as_they_are_refined():
         for solver in (CompressibleSpectral(grid, VISCOUS), CompressibleFiniteVolume(grid, VISCOUS, "weno5z")):
             z = solver.encode(u)
             rates.append(solver.explicit(z, jnp.zeros(()), lambda z, t: None)["u"])
-        far.append(float(jnp.abs(rates[0] - rates[1]).max()))
-    assert far[1] < far[0] / 3.5
-    assert far[1] < 0.05
+        far.append(np.abs(rates[0] - rates[1]).max((1, 2)))
+    assert (far[1] < far[0] / 3.5).all()
+    # the viscous part alone, channel by channel: much larger than what still separates the two
+    inviscid = CompressibleSpectral(grid, CompressibleNavierStokes(gamma=5 / 3, scalars={"dye": 0.0}))
+    viscous = rates[0] - inviscid.explicit(inviscid.encode(u), jnp.zeros(()), lambda z, t: None)["u"]
+    assert (far[1][1:] < 0.2 * np.abs(viscous[1:]).max((1, 2))).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -149,6 +156,40 @@ def test_restriction_keeps_waves_and_sums():
     out = coarse.restrict(u, fine.grid, fine.variables)
     np.testing.assert_allclose(out.mean((1, 2)), u.mean((1, 2)), rtol=1e-13)
     np.testing.assert_allclose(coarse.restrict(out, coarse.grid, coarse.variables), out, atol=1e-13)
+    # ρ, ρv and E of this flow have at most three waves along an axis, which both grids hold: its values at other centres
+    known = smooth(12, 2, equation)
+    np.testing.assert_allclose(coarse.restrict(smooth(24, 2, equation), fine.grid, fine.variables), known, atol=1e-12)
+
+
+@pytest.mark.parametrize("dealias", ["none", "hou_li", "two_thirds"])
+def test_closures_see_the_adjoint_of_what_their_flux_does(dealias):
+    solver = CompressibleSpectral(Grid((8, 5), (1.0, 0.9)), CompressibleNavierStokes(gamma=5 / 3), dealias).prepare(jnp.float64)
+    divergence = jax.vmap(lambda f: solver.receive(f.reshape(2, 1, 8, 5), None)["u"].ravel())(jnp.eye(80))
+    q = np.random.default_rng(0).standard_normal((1, 8, 5))
+    np.testing.assert_allclose(solver.adjoint_gradient(jnp.asarray(q)).ravel(), divergence @ q.ravel(), atol=1e-12)
+    assert np.linalg.norm(divergence, 2) ** 2 == pytest.approx(solver.flux_response, rel=1e-12)
+
+
+@pytest.mark.parametrize("dealias", ["hou_li", "two_thirds"])
+def test_forces_and_cooling_are_in_the_ledger_and_put_nothing_where_no_wave_lives(dealias):
+    equation = CompressibleNavierStokes(
+        gamma=5 / 3,
+        viscosity=5e-3,
+        forcing=OrnsteinUhlenbeck(amplitude=3.0, highest_mode=2),
+        cooling=PowerLawCooling(amplitude=0.5, exponent=0.5, reference_temperature=1.0, floor=0.1),
+    )
+    solver = CompressibleSpectral(Grid((16, 12), (1.0, 1.0)), equation, dealias)
+    u = solver.project(noise((16, 12), equation, size=0.1))
+    frames, ledger = steps(Model(solver, SSPRK3(), 0.005), u, 20)
+    sums = np.asarray(frames).mean((2, 3))
+    rows = dict(zip(solver.ledger_rows, np.asarray(ledger[0] + ledger[1]).T, strict=True))
+    for i, name in enumerate(solver.conserved):
+        np.testing.assert_allclose(sums[1:, i] - sums[0, i], rows[name], atol=1e-13)
+    assert np.abs(sums[-1, 1:3] - sums[0, 1:3]).min() > 1e-5  # ⟨ρ a⟩ of a density that varies
+    assert rows["radiated"][-1] > 0.01
+    hat = np.abs(np.fft.rfft2(np.asarray(frames[-1])))
+    empty = dealiasing_mask(solver.grid, dealias) < 0.1
+    assert hat[:, empty].max() < 1e-12 < 1e-6 < hat[:, ~empty].max()
 
 
 def test_closures_keep_their_contract():
