@@ -1,14 +1,19 @@
 """The pseudo-spectral gas solver: exact waves, spectral order, conservation, gradients, the compiled program itself."""
 
+import json
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flows import steps
+from rich.console import Console
 
 from hybridsim.check import violations
+from hybridsim.config import experiment_from
 from hybridsim.corrections.learned import LearnedFlux
+from hybridsim.experiment import run_experiment
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.compressible import CompressibleNavierStokes
@@ -202,3 +207,24 @@ def test_what_it_refuses():
         CompressibleSpectral(Grid((8, 8), (1.0, 1.0), ("periodic", "outflow")), equation)
     with pytest.raises(ValueError, match="at least 4"):
         CompressibleSpectral(Grid((8, 2), (1.0, 1.0)), equation)
+
+
+def test_a_run_is_judged_as_one_without_floors(tmp_path):
+    written = {
+        "equation": {"use": "compressible", "viscosity": 2e-3},
+        "domain": {"lengths": [1.0, 1.0]},
+        "initial": {"use": "compressible_turbulence", "mach": 0.3, "pressure": 0.6, "highest_mode": 2},
+        "samples": {"count": 1},
+        "time": {"end": 0.1, "frames": 2},
+        "reference": {"solver": "spectral", "shape": [16, 16], "cfl": 0.5},
+        "runs": {"bare": {"solver": "spectral", "shape": [8, 8], "dt": 0.025}},
+        "compare": {"modes": 3},
+        "checks": {"all": {"drift": 1e-5, "floors": {"events": 0, "mass": 0.0}}, "bare": {"bound_violations": 0}},
+    }
+    console = Console(file=(tmp_path / "out.txt").open("w"))
+    assert run_experiment(experiment_from(written, tmp_path / "box.yaml"), tmp_path / "box", False, console) == 1
+    console.file.close()
+    summary = json.loads((tmp_path / "box/summary.json").read_text(encoding="utf-8"))
+    assert summary["runs"]["bare"]["floors"] == {"events": 0, "mass": 0.0, "energy": 0.0}
+    # no floor stood in for anything; a bound that no limiter keeps is another matter
+    assert [c["name"] for c in summary["checks"] if not c["passed"]] == ["bound_violations"]
