@@ -307,6 +307,9 @@ class Train(Section):
     choose: Literal["t95", "correlation", "error", "temperature_error"] = Field(
         default="t95", description="what decides which weights are kept"
     )
+    keep: Literal["best", "last"] = Field(
+        default="best", description="the best weights by `choose`, or those of the last validation"
+    )
     stop_after: Whole = Field(default=0, description="validations in a row without a better one that end the training (0: never)")
     memory: Positive = Field(default=512.0, description="MiB that the values which a gradient keeps of the unrolled steps may take")
     checkpoint_levels: Annotated[int, Strict(), Field(ge=0, le=8)] | None = Field(

@@ -24,6 +24,7 @@ from hybridsim.windows import InMemory, Prefetch, Windows, batch, digest_of
 
 Schedule = Literal["cosine", "linear", "exponential", "constant"]
 Choice = Literal["t95", "correlation", "error", "temperature_error"]
+Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Recipe:
     **Validation**
 
     - `validate_every`: updates between validations. `choose`: the weights with the best validation `t95`, mean `correlation` or, of
-      a gas, mean `error` or, where it radiates, `temperature_error` are kept. `stop_after`: validations in a row without a better
-      one that end the training, 0 never.
+      a gas, mean `error` or, where it radiates, `temperature_error` are kept, and so is the best of several seeds. `keep`: `last`
+      keeps those of the last validation without a blow-up instead, whatever it says: the best of many noisy numbers is a lucky one,
+      above all with a moving average. `stop_after`: validations in a row without a better one that end the training, 0 never.
 
     **The machine**
 
@@ -81,6 +83,7 @@ class Recipe:
     weight_decay: float = 0.0
     average: float = 0.0
     choose: Choice = "t95"
+    keep: Keep = "best"
     stop_after: int = 0
     memory: float = 512.0
     checkpoint_levels: int | None = None
@@ -95,6 +98,10 @@ class Recipe:
             raise ValueError(f"truncate: unrolls beyond {self.truncate} frames must be multiples of it, found {uneven[0]}")
         if unknown := [name for name, _ in self.loss if name not in losses.TERMS]:
             raise ValueError(f"loss: there is no term {unknown[0]!r}; possible are {', '.join(losses.TERMS)}")
+        if self.keep == "last" and self.stop_after:
+            raise ValueError(
+                "stop_after: ends a training that gets no better, but with `keep: last` the last weights are kept; remove one"
+            )
         if not any(weight > 0 for _, weight in self.loss):
             raise ValueError("loss: every weight is zero, so there is nothing to learn")
 
@@ -635,6 +642,7 @@ def train(
                 clock = time.perf_counter()
                 record["validation"], score = validated(state.average)
                 better = score > float(state.best_score) or not best_update
+                better = better or (recipe.keep == "last" and not _is_ruined(score))
                 best_update = update + 1 if better else best_update
                 state = eqx.tree_at(
                     lambda s: (s.best, s.best_score, s.stale, s.good),

@@ -461,6 +461,7 @@ def test_constants_are_tuned_on_several_references_from_disk(tmp_path, x64, cons
     ({"warm_up": 9}, "train.unroll: 12 frames of 0.1 are longer than train.data.time = 1"),
     ({"choose": "error"}, "train.choose: only a gas has an error"),
     ({"choose": "temperature_error"}, "train.choose: only a gas that radiates has a temperature_error"),
+    ({"keep": "last", "stop_after": 3}, "train.stop_after: ends a training that gets no better"),
     ({"symmetries": True}, "train.symmetries: a forced flow is not the same"),
     ({"mesh": {"batch": 64}, "batch": 64}, "train.mesh.batch: 64 cannot share 64 windows"),
 ])  # fmt: skip

@@ -341,6 +341,24 @@ def test_training_stops_when_validation_no_longer_improves():
     assert outcome.history[-1]["update"] >= outcome.best_update + 2
 
 
+def test_the_last_weights_are_kept_where_they_are_asked_for():
+    model, data = _problem()
+    recipe = dataclasses.replace(TINY, updates=(6,), unroll=(1,), validate_every=2, choose="correlation", average=0.5)
+    best, last = (_train(model, data, dataclasses.replace(recipe, keep=keep)) for keep in ("best", "last"))
+    assert last.best_update == 6
+    scores = [r["validation"]["mean_correlation"] for r in last.history if "validation" in r]
+    assert [r["validation"]["mean_correlation"] for r in best.history if "validation" in r] == scores
+    assert best.best_score == pytest.approx(max(scores))
+    assert last.best_score == pytest.approx(scores[-1])
+    # a rate that ruins the weights: the last that did not blow up are kept
+    ruin = dataclasses.replace(recipe, rate=1e6, rate_warm_up=6, schedule="constant", validate_every=1, clip=1e30, keep="last")
+    lost = _train(model, data, ruin)
+    sound = [r["update"] for r in lost.history if "validation" in r and r["validation"]["score"] is not None]
+    assert lost.best_update == (sound[-1] if sound else 1)
+    with pytest.raises(ValueError, match="stop_after: ends a training"):
+        dataclasses.replace(recipe, keep="last", stop_after=3)
+
+
 @pytest.mark.slow
 def test_gradients_are_cut_where_they_are_said_to_be():
     """With truncation at one frame the gradient of two frames is that of each by itself, from where the model was."""
