@@ -748,6 +748,15 @@ class Experiment:
         steps = max(1, math.ceil(wanted * (1 - 1e-4)))
         return Steps(steps, interval / (steps * substeps))
 
+    def shortened(self, label: str, dt: float) -> str:
+        """A clause for the reader where a run steps by less than its YAML says, so that its steps land on the frames; else ""."""
+        asked = None if self.adaptive(label) else self.spec_of(label).dt
+        # 0.0333333 means a third of 0.1.
+        if asked is None or dt > asked * (1 - 1e-3):
+            return ""
+        interval = self.spec.time.end / self.spec.time.frames
+        return f"dt {asked:g} shortened to {dt:g}, to land on frames {interval:g} apart (time.end / time.frames)"
+
     def memory(self, label: str) -> float:
         """Bytes that stepping this run takes, roughly."""
         spec = self.spec_of(label)

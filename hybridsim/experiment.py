@@ -942,6 +942,8 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
         group = group_name(experiment, label)
         start = reference.groups[group][:, 0]
         model = _model(experiment, label, start)
+        if note := experiment.shortened(label, model.dt):
+            say.line(f"{label}: {note}")
         attrs = {**_attributes(experiment, label, environment), "dt": model.dt, "reference_group": group}
 
         def write(result: Result, attrs=attrs, label=label, truth=groups[group]) -> "xr.Dataset":

@@ -273,6 +273,8 @@ def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume:
         f"training {label} of {experiment.name}: {count} parameter{'s' if count > 1 else ''}, "
         f"seeds {', '.join(map(str, spec.seeds))} → {folder}"
     )
+    if note := experiment.shortened(label, first_model.dt):
+        say.line(f"{label}: {note}")
 
     def making(what: str, fraction: float) -> None:
         say.progress(what, fraction)
