@@ -7,6 +7,7 @@ layer starts at zero, so that an untrained closure is no closure. Networks of ot
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from hybridsim.compilation import SMALL_CELLS
 from hybridsim.convolution import PRECISION, convolution
+from hybridsim.stored import stored
 
 Activation = Literal["relu", "gelu", "tanh", "silu", "squareplus", "gated"]
 
@@ -99,6 +102,25 @@ class Convolution(eqx.Module):
         return y + self.bias.astype(u.dtype).reshape(-1, *(1,) * (u.ndim - 1))
 
 
+def activated(
+    layer: Convolution,
+    u: Float[Array, "i *grid"],
+    periodic: tuple[bool, ...] | None,
+    activation: str,
+    bounded: bool = False,
+) -> Float[Array, "o *grid"]:
+    """σ(w ∗ u + b), cut off `within_reach` where it is to be `bounded`; stored before a next convolution reads it shift by shift.
+
+    On a line, and in kernels of one cell, a convolution begins with a matrix product, for which it is stored anyway. Where there
+    are many cells, computing it again on all threads is quicker.
+    """
+    sigma = ACTIVATIONS[activation]
+    function = (lambda y: within_reach(sigma(y))) if bounded else sigma
+    y = layer(u, periodic)
+    shifted = y.ndim > 2 and layer.weights.shape[-1] > 1 and math.prod(y.shape[1:]) <= SMALL_CELLS
+    return stored(layer.bias[0], function, y) if shifted else function(y)
+
+
 class CNN(eqx.Module):
     """y = W_d σ(W_{d−1} … σ(W_1 u)): a plain convolutional network.
 
@@ -143,7 +165,7 @@ class CNN(eqx.Module):
 
     def __call__(self, u: Float[Array, "i *grid"], periodic: tuple[bool, ...] | None = None) -> Float[Array, "o *grid"]:
         for layer in self.layers[:-1]:
-            u = ACTIVATIONS[self.activation](layer(u, periodic))
+            u = activated(layer, u, periodic, self.activation)
         return self.layers[-1](u, periodic)
 
 
@@ -199,7 +221,7 @@ class DilatedResNet(eqx.Module):
         for block in self.blocks:
             change = h
             for layer in block:
-                change = within_reach(ACTIVATIONS[self.activation](layer(change, periodic)))
+                change = activated(layer, change, periodic, self.activation, bounded=True)
             h = within_reach(h + change)
         return self.decoder(h, periodic)
 
@@ -284,7 +306,7 @@ class UNet(eqx.Module):
     def __call__(self, u: Float[Array, "i *grid"], periodic: tuple[bool, ...] | None = None) -> Float[Array, "o *grid"]:
         def through(*layers: Convolution, u: Array) -> Array:
             for layer in layers:
-                u = within_reach(ACTIVATIONS[self.activation](layer(u, periodic)))
+                u = activated(layer, u, periodic, self.activation, bounded=True)
             return u
 
         seen = [through(*self.down[0], u=u)]

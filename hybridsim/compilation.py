@@ -26,6 +26,9 @@ Kernels are not cut in pieces, and there are not so many that could run at once 
 of the schedule, nor because what does not change in a loop is computed before it.
 """
 
+SMALL_CELLS = 2**13
+"""Networks on at most so many cells are quicker with kernels that stay on their thread, and with activations that are `stored`."""
+
 REPAIRED = (0, 11)
 """The first JAX whose transforms use all threads wherever they are called."""
 
@@ -48,12 +51,14 @@ def compiler_options(solver: Any) -> dict[str, str]:
     """The options for `jax.jit(..., compiler_options=...)` with which programs of this solver, or `Model`, run best.
 
     Only the outermost `jit` may have any. There are none on other processors than CPUs, where nothing is gained, and where a
-    closure has weights: most of the work is then in convolutions, which leave the thread as well.
+    closure has weights on a grid that is large, or in three dimensions: its kernels are then the larger part, and worth sharing.
     """
     closures = getattr(solver, "closures", ())
     learned = any(a.ndim > 0 for a in jax.tree.leaves(eqx.filter(closures, eqx.is_inexact_array)))
     solver = getattr(solver, "solver", solver)
-    if jax.default_backend() != "cpu" or jax.__version_info__[:2] >= REPAIRED or learned or not solver.serial_kernels:
+    if jax.default_backend() != "cpu" or jax.__version_info__[:2] >= REPAIRED or not solver.serial_kernels:
+        return {}
+    if learned and (solver.grid.ndim > 2 or solver.grid.cells > SMALL_CELLS):
         return {}
     return dict(_understood())
 

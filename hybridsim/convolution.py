@@ -51,8 +51,7 @@ def _by_products(u: Array, weights: Array, dilation: Sequence[int], periodic: Se
     out_channels, _, *kernel = weights.shape
     grid = u.shape[1:]
     first = kernel[0]
-    # Without the barrier XLA computes whatever made u (an activation, say) once per shift.
-    columns = jax.lax.optimization_barrier(u)
+    columns = u  # XLA computes what made it (an activation, say) once per shift, if it is not `stored`
     for axis in range(1, len(grid)):
         columns = jnp.concatenate(_window(columns, kernel[axis], dilation[axis], axis + 1, periodic[axis]))
     # Rows of `columns` run over (k_d, …, k_2, in); bring the weights into the same order.

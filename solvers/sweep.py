@@ -22,7 +22,7 @@ from hybridsim.solvers.compressible import AXES, SIDES, Channels, CompressibleNa
 from hybridsim.solvers.reconstruction import RECONSTRUCTIONS, Reconstruction, characteristic, null_space, windows
 from hybridsim.solvers.riemann import RIEMANN_SOLVERS, largest_speed, llf
 from hybridsim.solvers.staggering import part
-from hybridsim.solvers.stored import stored
+from hybridsim.stored import stored
 
 KEPT_SHARE = 1e-2
 """The positivity limiter leaves at least this share of the density and pressure that the first-order scheme would give."""

@@ -12,7 +12,16 @@ from hybridsim.config import blank
 from hybridsim.convolution import convolution, pointwise
 from hybridsim.corrections.fourier import FNO, SpectralConvolution
 from hybridsim.corrections.graph import GraphNetwork
-from hybridsim.corrections.networks import CNN, DilatedResNet, UNet, activated_channels, box_means, make_network
+from hybridsim.corrections.networks import (
+    CNN,
+    Convolution,
+    DilatedResNet,
+    UNet,
+    activated,
+    activated_channels,
+    box_means,
+    make_network,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -189,6 +198,29 @@ def test_dilations_wider_than_the_grid_reach_around_it(periodic):
     np.testing.assert_allclose(found, stock, rtol=0, atol=1e-13)
     if periodic:
         np.testing.assert_allclose(found, convolution(u, weights, 3), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_stored_activations_are_the_same(bounded, monkeypatch):
+    """σ(w ∗ u + b) and its derivatives, in a program that stores it and in one that does not."""
+    layer = drawn(lambda: Convolution(2, 2, 3, 3, key=jax.random.key(0)))
+    u, w = noise((6, 7)), noise((6, 7), 1, 3)
+
+    def run(layer, u):
+        return jnp.vdot(w, activated(layer, u, None, "gelu", bounded))
+
+    def compiled():
+        program = jax.jit(lambda layer, u: jax.value_and_grad(run, (0, 1))(layer, u)).lower(layer, u)
+        return program.as_text(), jax.tree.leaves(program.compile()(layer, u))
+
+    text, stored = compiled()
+    monkeypatch.setattr("hybridsim.corrections.networks.SMALL_CELLS", 41)
+    plain_text, plain = compiled()
+    if jax.default_backend() == "cpu":
+        assert "stablehlo.case" in text
+    assert "stablehlo.case" not in plain_text
+    for a, b in zip(stored, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
 
 
 def test_kernels_of_one_cell_are_matrix_products():

@@ -13,9 +13,9 @@ def stored(t: Real, function: Callable[..., Any], *arrays: Any) -> Any:
     """`function(*arrays)`, whose results XLA computes once, however many operations read them.
 
     XLA on CPU has no loops with several results: each consumer of a flux would compute the whole flux again, for both of its
-    neighbours. Nothing is fused across a conditional, so the function is put into one that is always taken while the time `t` is
-    finite, which the compiler cannot know. (An optimisation barrier does not do: it is gone before fusion.) Elsewhere this is a
-    plain call.
+    neighbours, and each shift of a convolution the activation before it. Nothing is fused across a conditional, so the function is
+    put into one that is always taken while the number `t` (the time, or a weight) is finite, which the compiler cannot know.
+    Otherwise everything is NaN. (An optimisation barrier does not do: it is gone before fusion.) Elsewhere this is a plain call.
 
     In the backward pass the function is evaluated again from its arguments, of which alone a copy is kept.
     """
