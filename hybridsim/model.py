@@ -258,7 +258,7 @@ class Model(eqx.Module):
         return part or None, slots
 
     def _solver_steps(self, prepared: Prepared, z: PyTree, slots: list, t: Array, count: int) -> tuple[PyTree, list]:
-        """`count` solver steps in a row, unrolled."""
+        """`count` solver steps in a row."""
         solver, coefficients, dt = prepared
         if self.closures and isinstance(self.closures[0], Replacement):
             for k in range(count):
@@ -268,20 +268,12 @@ class Model(eqx.Module):
         staged = [i for i in tendencies if self.evaluate[i] == "stage"]
         afterwards = [i for i, c in enumerate(self.closures) if isinstance(c, PostStep)]
         held: dict[int, PyTree] = {}
-        for k in range(count):
-            now = t + k * dt
-            groups: dict[int, list[int]] = {}
-            for i in tendencies:
-                n = self.evaluate[i]
-                if isinstance(n, int) and k % n == 0:
-                    groups.setdefault(n, []).append(i)
-            if groups:
-                view = View(solver.decode(z), now, dt, solver)
-                for n, which in groups.items():
-                    held[n], slots = self._contribution(which, View(view.u, now, dt, solver, n), slots)
+
+        def step(z: PyTree, slots: list, now: Array) -> tuple[PyTree, list]:
+            """One step with what is held, and with what is evaluated at every stage."""
             constant = _sum([part for part in held.values() if part is not None])
 
-            def tendency(q, time, constant=constant, slots=slots):
+            def tendency(q, time):
                 if not staged:
                     return constant
                 part, _ = self._contribution(staged, View(solver.decode(q), time, dt, solver), slots)
@@ -292,9 +284,30 @@ class Model(eqx.Module):
             for i in staged:
                 if "key" in slots[i]:
                     slots = [*slots[:i], {**slots[i], "key": jax.random.split(slots[i]["key"])[0]}, *slots[i + 1 :]]
+            return z, slots
+
+        periods = [n for n in self.evaluate if isinstance(n, int)]
+        stops = [k for k in range(count) if k == 0 or any(k % n == 0 for n in periods)]
+        for k, following in zip(stops, [*stops[1:], count], strict=True):
+            now, row = t + k * dt, following - k
+            groups: dict[int, list[int]] = {}
+            for i in tendencies:
+                n = self.evaluate[i]
+                if isinstance(n, int) and k % n == 0:
+                    groups.setdefault(n, []).append(i)
+            if groups:
+                view = View(solver.decode(z), now, dt, solver)
+                for n, which in groups.items():
+                    held[n], slots = self._contribution(which, View(view.u, now, dt, solver, n), slots)
+            if row == 1:
+                z, slots = step(z, slots, now)
+            else:
+                # A loop, not `row` copies of the step: compiled sooner, and on CPU quicker too.
+                body = lambda state, j, now=now: (step(state[0], state[1], now + j * dt), None)  # noqa: E731
+                (z, slots), _ = jax.lax.scan(body, (z, slots), jnp.arange(row).astype(t.dtype))
             for i in afterwards:
-                if (k + 1) % self.evaluate[i] == 0:  # pyright: ignore[reportOperatorIssue]
-                    z, slots = self._changed(i, solver, z, slots, now + dt, dt)
+                if following % self.evaluate[i] == 0:  # pyright: ignore[reportOperatorIssue]
+                    z, slots = self._changed(i, solver, z, slots, t + following * dt, dt)
         return z, slots
 
     def _changed(self, i: int, solver: AbstractSolver, z: PyTree, slots: list, t: Array, dt: Array) -> tuple[PyTree, list]:
