@@ -755,7 +755,9 @@ class Experiment:
         if asked is None or dt > asked * (1 - 1e-3):
             return ""
         interval = self.spec.time.end / self.spec.time.frames
-        return f"dt {asked:g} shortened to {dt:g}, to land on frames {interval:g} apart (time.end / time.frames)"
+        substeps = getattr(self.spec_of(label), "substeps", 1)
+        how = f" in model steps of {substeps} solver steps" if substeps > 1 else ""
+        return f"dt {asked:g} shortened to {dt:g}, to land{how} on frames {interval:g} apart (time.end / time.frames)"
 
     def memory(self, label: str) -> float:
         """Bytes that stepping this run takes, roughly."""

@@ -203,7 +203,7 @@ def _run_tree(tree: "Tree", experiment: Experiment, label: str, lines: dict[KeyP
     else:
         steps = experiment.steps_per_frame(label)
         sentence = f"Δt = {_number(steps.dt)}"
-        if not math.isclose(steps.dt, asked, rel_tol=1e-9):
+        if experiment.shortened(label, steps.dt):
             sentence += f" ({_number(asked)} shortened to land on the frames)"
     if stable is not None:
         sentence += f"; stable: {_number(stable[0])} at Courant number 1 if |u| reaches {_number(stable[1])}"

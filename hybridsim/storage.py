@@ -811,7 +811,7 @@ def dataset_groups(path: str | os.PathLike) -> list[str]:
 
 # --- cache ------------------------------------------------------------------------------------------------------------------------
 
-NUMERICAL_SOURCES = ("grid.py", "contract.py", "model.py", "reference.py")
+NUMERICAL_SOURCES = ("grid.py", "contract.py", "model.py", "reference.py", "stored.py")
 """Engine files that decide the numbers of a reference, with every file of the solvers' room."""
 
 

@@ -17,9 +17,12 @@ def stored(t: Real, function: Callable[..., Any], *arrays: Any) -> Any:
     put into one that is always taken while the number `t` (the time, or a weight) is finite, which the compiler cannot know.
     Otherwise everything is NaN. (An optimisation barrier does not do: it is gone before fusion.) Elsewhere this is a plain call.
 
-    In the backward pass the function is evaluated again from its arguments, of which alone a copy is kept.
+    In the backward pass the function is evaluated again from its arguments, of which alone a copy is kept. Where nothing is traced
+    this is a plain call, too; and where `t` is a constant of the program, such as the weight of a network that a compiled function
+    closes over, the compiler does know, and stores nothing.
     """
-    if jax.default_backend() != "cpu":
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((t, arrays)))
+    if jax.default_backend() != "cpu" or not traced:
         return function(*arrays)
     shapes = jax.eval_shape(function, *arrays)
 

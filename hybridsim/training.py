@@ -183,9 +183,10 @@ def model_to_train(experiment: "Experiment", seed: int) -> tuple[Model, int]:
     model = experiment.model_for(label, closures=closures)
     every = max(1, round(interval / model.step_time))
     if abs(every * model.step_time - interval) > 1e-9 * interval:
+        note = experiment.shortened(label, model.dt)
         raise ConfigError(
             f"train.data.interval: {interval:g} is not a whole number of model steps of {label!r} ({model.step_time:g} each); "
-            f"choose a multiple, for example {every * model.step_time:g}"
+            f"choose a multiple, for example {every * model.step_time:g}" + (f" ({note})" if note else "")
         )
     length = spec.train.data.time
     longest = spec.train.warm_up + max(spec.train.unroll)

@@ -46,7 +46,7 @@ def test_who_gets_options():
     network = LearnedFlux(2, width=4, depth=2, key=jax.random.key(0))
     assert compiler_options(_spectral(16)) == compiler_options(_spectral(16).solver) != {}
     assert compiler_options(_spectral(16, (Smagorinsky(0.1),)))
-    assert [bool(compiler_options(_spectral(n, (network,)))) for n in (64, 128)] == [True, False]
+    assert [bool(compiler_options(_spectral(n, (network,)))) for n in (64, 90, 91, 128)] == [True, True, False, False]
     finite_volume = [StaggeredFiniteVolume(_square(n), NavierStokes(1e-2)) for n in (128, 256)]
     assert [bool(compiler_options(s)) for s in finite_volume] == [True, False]
     assert not compiler_options(SpectralKS(Grid((64,), (22.0,)), KuramotoSivashinsky()))

@@ -173,12 +173,16 @@ def test_the_experiment_builds_its_objects(case: Experiment):
     assert case.modes == 5
 
 
-def test_the_time_step_lands_on_the_frames(case: Experiment):
+def test_the_time_step_lands_on_the_frames(case: Experiment, folder: Path):
     steps, dt = case.steps_per_frame("bare")
     assert (steps, dt) == (8, 0.0125)
     assert case.model_for("bare").dt == dt
     assert case.shortened("bare", dt) == "dt 0.014 shortened to 0.0125, to land on frames 0.1 apart (time.end / time.frames)"
     assert case.shortened("mine", 0.01) == case.shortened("smagorinsky", 0.025) == ""
+    several = load_experiment(folder / "case.yaml", ["runs.bare.dt=0.025", "runs.bare.substeps=3"])
+    assert several.shortened("bare", several.steps_per_frame("bare").dt) == (
+        "dt 0.025 shortened to 0.0166667, to land in model steps of 3 solver steps on frames 0.1 apart (time.end / time.frames)"
+    )
     # a dt that divides the interval up to rounding is kept
     assert case.steps_per_frame("mine") == (10, 0.01)
     assert case.steps_per_frame("bare", 0.1).steps == 1

@@ -160,6 +160,35 @@ def test_different_rhythms_mix():
     assert np.isfinite(final.u).all()
 
 
+class Swing(Source):
+    """s = a sin(ω t) u, with random numbers in a: what it gives depends on time, state and key."""
+
+    stochastic = True
+    size: jax.Array
+
+    def __call__(self, view, memory=None, key=None):
+        noise = 1 + 0.1 * jax.random.normal(key, view.u.shape, view.u.dtype)
+        return self.size.astype(view.u.dtype) * jnp.sin(40 * view.t) * noise * view.u
+
+
+@pytest.mark.parametrize("when", ["step", "stage"])
+def test_between_two_evaluations_time_and_keys_go_on(when, x64):
+    """A held closure that gives nothing makes a loop of the steps between its evaluations; they are the steps without it."""
+    u = _start("spectral", dtype=np.float64)
+
+    def last(size, closures, evaluate, substeps, every):
+        model = _model("spectral", (Swing(size), *closures), (when, *evaluate), substeps)
+        return rollout(model, State(u), 2, every=every, seed=5).u[-1]
+
+    run = eqx.filter_jit(jax.value_and_grad(lambda size, *how: jnp.sum(last(size, *how) ** 2)))
+    size = jnp.asarray(3.0)
+    looped, slope = run(size, (Counting(),), (4,), 4, 1)
+    single, slope_of_single = run(size, (), (), 1, 4)
+    plain, _ = run(jnp.asarray(0.0), (), (), 1, 4)
+    assert abs(looped - plain) > 1e-3 * plain  # it does something
+    np.testing.assert_allclose([looped, slope], [single, slope_of_single], rtol=1e-12)
+
+
 # --- the carry -------------------------------------------------------------------------------------------------------------------
 
 
