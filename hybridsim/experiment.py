@@ -6,7 +6,7 @@ for non-finite values and signals act between chunks; nothing of them is inside 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from hybridsim.reference import COURANT, FineRunError, Frames, initial_state, ma
 from hybridsim.samples import gathered, over_samples
 from hybridsim.signals import STOP
 from hybridsim.train import parameters
+from hybridsim.turns import Program, held_by, in_turn
 from hybridsim.yaml_reader import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ HALF = "half resolution"
 PICTURES = 6
 PDF_BINS = 100
 MOST_VALUES = 2**22
-TIMING_ROUNDS = 3
+FEWEST_ROUNDS, MOST_ROUNDS, TIMING_SECONDS = 3, 9, 30.0
+"""How often runs are timed: most rounds, but only the fewest once they have taken so long."""
 
 
 @dataclass
@@ -67,7 +69,6 @@ class Result:
     blowups: list[Blowup] = field(default_factory=list)
     seconds: float = 0.0
     compile_seconds: float = 0.0
-    latency: float = math.nan
     done: int = 0
     steps_taken: float = math.nan
     """Solver steps from the start to the end, the mean over samples where they differ."""
@@ -351,7 +352,6 @@ def _run_one(
         if len(gone) == samples:
             break
     result.steps_taken, result.smallest_dt = _steps_taken(model, state[1], frames * every)
-    result.latency = _latency(model, _begin(model, u0[:1], keys[:1]), per_chunk, every)
     return result
 
 
@@ -362,16 +362,39 @@ def _steps_taken(model: Model, carry: Any, steps: int) -> tuple[float, float]:
     return float(np.mean(np.asarray(carry["steps_taken"]))) * model.substeps, float(np.min(np.asarray(carry["smallest_dt"])))
 
 
-def _latency(model: Model, state: Any, frames: int, every: int) -> float:
-    """Seconds per unit time of one sample alone, after compilation, the least of a few rounds."""
+def _program(model: Model, state: Any, frames: int, every: int) -> Program:
     prepared = jax.block_until_ready(_prepare(model, state[1]["start"].dtype))
-    compiled = _chunk.lower(model, prepared, state, frames, every).compile()
-    best = math.inf
-    for _ in range(TIMING_ROUNDS):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(model, prepared, state, frames, every))
-        best = min(best, time.perf_counter() - begin)
-    return best / (frames * every * model.step_time)
+    arguments = (model, prepared, state, frames, every)
+    compiled = _chunk.lower(*arguments).compile()
+    return Program(compiled, arguments, frames * every * model.step_time, held_by(compiled))
+
+
+def compiled_run(experiment: "Experiment", label: str, start: np.ndarray) -> Program:
+    """The program of a run from one start `(c, *grid)`, over as many frames as `hybridsim run` computes at once."""
+    model = _model(experiment, label, start[None])
+    frames = experiment.spec.time.frames
+    every = experiment.steps_per_frame(label, model.dt).steps
+    state = _begin(model, jnp.asarray(start[None]), jax.random.split(jax.random.key(experiment.spec.samples.seed), 1))
+    return _program(model, state, _chunk_length(frames), every)
+
+
+def _add_costs(
+    experiment: "Experiment", summaries: dict[str, dict[str, Any]], starts: Mapping[str, np.ndarray], say: Reporter
+) -> None:
+    """What each run costs, one start alone: the least of some rounds in which all runs took turns."""
+
+    def tell(part: float) -> None:
+        say.progress("timing, all runs in turn", part)
+        STOP.check()
+
+    programs = {label: compiled_run(experiment, label, starts[label]) for label in summaries}
+    found = in_turn(programs, MOST_ROUNDS, tell, fewest=FEWEST_ROUNDS, seconds=TIMING_SECONDS)
+    for label, summary in summaries.items():
+        cost = float(found[label].min())
+        steps = summary["steps"] / experiment.spec.time.end
+        summary["seconds_per_unit_time"] = cost
+        summary["cell_steps_per_second"] = experiment.solver(label).grid.cells * steps / cost
+    say.line("ms per unit time: " + ", ".join(f"{label} {1e3 * s['seconds_per_unit_time']:.3g}" for label, s in summaries.items()))
 
 
 def _reference_cost(experiment: "Experiment", dt: float) -> float:
@@ -384,7 +407,8 @@ def _reference_cost(experiment: "Experiment", dt: float) -> float:
 
 def cost_of(model: Model, u: jax.Array) -> float:
     """Seconds per unit time of a model from one start u, after compilation: the least of a few rounds of ten steps."""
-    return _latency(model, _begin(model, u[None], jax.random.split(jax.random.key(0), 1)), 1, 10)
+    program = _program(model, _begin(model, u[None], jax.random.split(jax.random.key(0), 1)), 1, 10)
+    return float(in_turn({"": program}, FEWEST_ROUNDS)[""].min())
 
 
 # --- what it is worth ------------------------------------------------------------------------------------------------------------
@@ -567,7 +591,7 @@ def _spectral_grid(solver: AbstractSolver) -> Grid:
     return gas.spectral_grid(solver.grid) or solver.grid
 
 
-def _coarsest(experiment: "Experiment") -> Grid:
+def coarsest_grid(experiment: "Experiment") -> Grid:
     """Of the grids of all runs, the one whose shells end first."""
     grids = (_spectral_grid(experiment.solver(label)) for label in experiment.labels)
     return min(grids, key=lambda grid: min(n / length for n, length in zip(grid.shape, grid.lengths, strict=True)))
@@ -683,7 +707,7 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "t80_at_least": t80.at_least,
         **quoted,
         "spectrum_error": _spectrum_error(_spectral_grid(solver), ds, truth),
-        "spectrum_error_common": _spectrum_error(_coarsest(experiment), ds, truth),
+        "spectrum_error_common": _spectrum_error(coarsest_grid(experiment), ds, truth),
         "spectrum_worst": _spectrum_error(_spectral_grid(solver), ds, truth, worst=True),
         "statistics": means,
         "statistics_error": _statistics_error(means),
@@ -692,9 +716,9 @@ def _summarise(experiment: "Experiment", result: Result, ds: "xr.Dataset", truth
         "drift": {name: _finite_max(values) for name, values in drifts.items()},
         "divergence_max": _finite_max(ds["divergence_max"].values) if "divergence_max" in ds else None,
         "not_defined": _not_defined(ds),
-        "seconds_per_unit_time": result.latency,
+        "seconds_per_unit_time": None,
         "seconds_per_unit_time_throughput": result.seconds / simulated if simulated else None,
-        "cell_steps_per_second": solver.grid.cells * result.steps_taken / (result.latency * end),
+        "cell_steps_per_second": None,
         "compile_seconds": result.compile_seconds,
         "parameters": parameters(model.closures),
         "steps": round(result.steps_taken),
@@ -959,6 +983,7 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
         ds = write(result)
         summaries[label] = _summarise(experiment, result, ds, groups[group])
         say.line(_sentence(label, summaries[label]))
+    _add_costs(experiment, summaries, {label: reference.groups[s["group"]][0, 0] for label, s in summaries.items()}, say)
 
     rows = evaluate_checks(experiment, summaries)
     device = jax.devices()[0]
@@ -1015,5 +1040,4 @@ def _sentence(label: str, summary: dict[str, Any]) -> str:
     for key in ("error", "velocity_error", "temperature_error", "spectrum_error", "statistics_error"):
         if key in summary and key not in summary["not_defined"]:
             parts.append(f"{key.replace('_', ' ')} " + ("–" if summary[key] is None else f"{summary[key]:.3f}"))
-    parts.append(f"{1000 * summary['seconds_per_unit_time']:.3g} ms per unit time")
     return f"{label}: {', '.join(parts)}, {summary['outcome']}"
