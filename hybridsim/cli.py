@@ -166,6 +166,26 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
 
 
 @app.command()
+def bench(
+    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="A YAML file, a shipped benchmark, or an experiment.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results.  [default: runs/bench_NAME]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer starts and runs, as the file says.")] = False,
+    resume: Resume = False,
+) -> None:
+    """Measure what closures save at equal accuracy, against the best classical runs, all timed in turn."""
+
+    def action() -> int:
+        _start_jax()
+        from hybridsim.bench import bench_command
+
+        return bench_command(benchmark, out, quick, resume, _console())
+
+    _leave(action, saves=True)
+
+
+@app.command()
 def show(
     experiment: ExperimentName,
     overrides: Overrides = None,

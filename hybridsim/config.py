@@ -462,6 +462,12 @@ def shipped_experiments() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def shipped_benches() -> dict[str, Path]:
+    """Name → file of every benchmark that comes with the package."""
+    folder = Path(__file__).parent / "experiments" / "benchmarks"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def shipped_weights() -> dict[str, Path]:
     """Name → file of all weights that come with the package."""
     folder = Path(__file__).parent / "corrections" / "weights"

@@ -371,6 +371,25 @@ class Spec(Section):
     sweep: Sweep | None = None
 
 
+class Family(Section):
+    """One family of a benchmark: an experiment with closures, their rivals and a reference."""
+
+    says: ClassVar[str] = "a family"
+    experiment: Text = Field(description="a YAML file, or the name of a shipped experiment")
+    runs: list[Text] = Field(default_factory=list, description="labels of its runs that take part; * is any part (default: all)")
+    quick: dict[Text, Any] = Field(default_factory=dict, description="key paths and values that --quick sets in the experiment")
+
+
+class Bench(Section):
+    """A whole benchmark."""
+
+    says: ClassVar[str] = "a benchmark"
+    title: Text = Field(default="Coarse against fine, at equal accuracy", description="headline of the page")
+    families: Annotated[dict[Label, Family], Field(min_length=1)] = Field(description="name: family")
+    rounds: Count = Field(default=15, description="how often every run is timed, all of them in turn")
+    resamples: Count = Field(default=1000, description="draws of starts, rounds and training seeds behind every interval")
+
+
 # --- what pydantic found, in one sentence ----------------------------------------------------------------------------------------
 
 _NEEDS = {
