@@ -210,10 +210,10 @@ def measure_costs(
     """The timings of the runs, from their own starts as they stand in the family's folder."""
     programs, seconds = {}, {}
     for i, label in enumerate(labels):
-        ds = storage.open_dataset(folder / f"{label}.nc").isel(sample=0, time=0)
-        start = np.stack([ds[variable.name].values for variable in experiment.solver(label).variables])
+        ds = storage.open_dataset(folder / f"{label}.nc").isel(time=0)
+        starts = np.stack([ds[variable.name].values for variable in experiment.solver(label).variables], axis=1)
         begin = time.perf_counter()
-        programs[label] = compiled_run(experiment, label, start)
+        programs[label] = compiled_run(experiment, label, starts)
         seconds[label] = time.perf_counter() - begin
         say.progress(f"{name}: compiling", (i + 1) / len(labels))
         STOP.check()

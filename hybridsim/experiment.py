@@ -369,12 +369,16 @@ def _program(model: Model, state: Any, frames: int, every: int) -> Program:
     return Program(compiled, arguments, frames * every * model.step_time, held_by(compiled))
 
 
-def compiled_run(experiment: "Experiment", label: str, start: np.ndarray) -> Program:
-    """The program of a run from one start `(c, *grid)`, over as many frames as `hybridsim run` computes at once."""
-    model = _model(experiment, label, start[None])
+def compiled_run(experiment: "Experiment", label: str, starts: np.ndarray) -> Program:
+    """The program of a run from the first of its `starts`, over as many frames as `hybridsim run` computes at once.
+
+    A Courant number is taken of all of them, as there.
+    """
+    model = _model(experiment, label, starts)
     frames = experiment.spec.time.frames
     every = experiment.steps_per_frame(label, model.dt).steps
-    state = _begin(model, jnp.asarray(start[None]), jax.random.split(jax.random.key(experiment.spec.samples.seed), 1))
+    keys = jax.random.split(jax.random.key(experiment.spec.samples.seed), len(starts))
+    state = _begin(model, jnp.asarray(starts[:1], experiment.dtype(label)), keys[:1])
     return _program(model, state, _chunk_length(frames), every)
 
 
@@ -983,7 +987,7 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
         ds = write(result)
         summaries[label] = _summarise(experiment, result, ds, groups[group])
         say.line(_sentence(label, summaries[label]))
-    _add_costs(experiment, summaries, {label: reference.groups[s["group"]][0, 0] for label, s in summaries.items()}, say)
+    _add_costs(experiment, summaries, {label: reference.groups[s["group"]][:, 0] for label, s in summaries.items()}, say)
 
     rows = evaluate_checks(experiment, summaries)
     device = jax.devices()[0]
