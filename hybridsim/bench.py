@@ -229,10 +229,8 @@ def measure_costs(
 # --- one family ------------------------------------------------------------------------------------------------------------------
 
 
-def run_family(
-    name: str, experiment: Experiment, folder: Path, rounds: int, resume: bool, say: Reporter
-) -> tuple[Record, dict[str, np.ndarray]]:
-    """(summary of the runs, their costs round by round); what is there already of the same configuration is kept on `resume`."""
+def run_family(name: str, experiment: Experiment, folder: Path, rounds: int, resume: bool, say: Reporter) -> tuple[Record, Record]:
+    """(summary of the runs, label → their costs round by round); on `resume` what is there of the same configuration is kept."""
     done = folder / "summary.json"
     if not (resume and done.exists() and storage.read_json(done)["config_hash"] == experiment.config_hash):
         done.unlink(missing_ok=True)
@@ -316,12 +314,10 @@ def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, ti
         "closures": {},
     }
     measured = {
-        (measure, r["label"]): Measured(
-            r["label"], r["method"], accuracies[measure][r["label"]], np.array(timings[r["label"]]["seconds"])
-        )
+        (measure, r["label"]): Measured(r["label"], r["method"], accuracy, np.array(timings[r["label"]]["seconds"]))
         for measure in measures
         for r in rungs
-        if accuracies[measure][r["label"]] is not None
+        if (accuracy := accuracies[measure][r["label"]]) is not None
     }
     for closure in dict.fromkeys(r["closure"] for r in rungs if r["closure"]):
         mine = [r for r in rungs if r["closure"] == closure]

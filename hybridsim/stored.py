@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from hybridsim.contract import Real
 
@@ -21,7 +22,7 @@ def stored(t: Real, function: Callable[..., Any], *arrays: Any) -> Any:
     this is a plain call, too; and where `t` is a constant of the program, such as the weight of a network that a compiled function
     closes over, the compiler does know, and stores nothing.
     """
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((t, arrays)))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((t, arrays)))
     if jax.default_backend() != "cpu" or not traced:
         return function(*arrays)
     shapes = jax.eval_shape(function, *arrays)
