@@ -1,70 +1,52 @@
 """`hybridsim bench`: what a closure saves at equal accuracy, against its own discretisation and against the best classical run.
 
-Each family is an experiment with closures, their rivals and a fine reference. It is run as by `hybridsim run`; then all its runs
-are timed in turn, one round after another, so that whatever slows the machine for a while slows all of them. How the speed-ups come
-out of that is in `fronts.py`; this file gathers the evidence and writes `bench.json`, `bench.md` and the figures.
+Each family is an experiment with closures, their rivals and a fine reference. The rivals are given more grids (ladders) and the
+largest time steps that they bear; then all runs are made as by `hybridsim run`, and timed in turn, one round after another, so that
+what slows the machine for a while slows all of them. What is claimed is in `claims.py`, how it is shown in `bench_page.py`.
 """
 
+import copy
 import fnmatch
 import math
-import re
-import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridsim import diagnostics, gas, storage
-from hybridsim.config import Experiment, experiment_from, read_experiment, set_key, shipped_benches
-from hybridsim.experiment import coarsest_grid, compiled_run, run_locked, stated_time
-from hybridsim.fronts import (
-    Accuracy,
-    Cost,
-    Measured,
-    Scale,
-    Speedup,
-    break_even,
-    cheapest,
-    cost_on,
-    speedup,
-    undominated,
-    verdict,
-    worth,
+from hybridsim import storage
+from hybridsim.bench_page import write_results
+from hybridsim.claims import SCALES, Record, accuracy_of, analyse, card_of, closure_of, method_of
+from hybridsim.compilation import without_cache
+from hybridsim.config import Experiment, experiment_from, key_path_of, read_experiment, set_key, shipped_benches
+from hybridsim.experiment import (
+    Result,
+    coarsest_grid,
+    compiled_run,
+    cost_of,
+    diagnosed,
+    fine_starts,
+    group_name,
+    make_reference,
+    model_from,
+    reference_groups,
+    run_locked,
+    stated_time,
 )
 from hybridsim.progress import Reporter
-from hybridsim.reference import FineRunError
-from hybridsim.sections import Bench, Family, Run, explain
+from hybridsim.reference import COURANT, FineRunError
+from hybridsim.sections import Bench, Family, explain
 from hybridsim.signals import STOP
+from hybridsim.tuning import Tuned, fewest_lasting, fewest_steps, frames_of_trial, lasts
 from hybridsim.turns import in_turn
 from hybridsim.yaml_reader import ConfigError, parse_yaml, suggestion
 
 if TYPE_CHECKING:
-    import xarray as xr
     from rich.console import Console
 
-SCALES: dict[str, Scale] = {
-    "t95": "growing",
-    "t80": "growing",
-    "error": "shrinking",
-    "velocity_error": "shrinking",
-    "temperature_error": "shrinking",
-    "spectrum_error": "shrinking",
-}
-"""Measure → whether more of it is better. Spectra are compared on the shells that all grids of the family hold."""
-
-NAMES = {
-    "t95": "t95",
-    "t80": "t80",
-    "error": "error",
-    "velocity_error": "velocity error",
-    "temperature_error": "phase error",
-    "spectrum_error": "spectrum error",
-}
-
-Record = dict[str, Any]
+BATCH_ROUNDS = 5
+"""How often all starts at once are timed; that takes as many times as long as one start."""
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------------------
@@ -89,534 +71,398 @@ def read_bench(name: str) -> tuple[Bench, str]:
     return Bench(families={stem: Family(experiment=name)}), stem
 
 
-def family_experiment(name: str, family: Family, quick: bool) -> Experiment:
-    """The experiment of a family, with the runs that are asked for."""
-    data, path, shipped = read_experiment(family.experiment)
-    data.pop("sweep", None)
-    for key, value in (family.quick if quick else {}).items():
-        set_key(data, tuple(key.split(".")), value)
-    if family.runs:
-        runs: dict[str, Any] = data.get("runs") or {}
-        for pattern in family.runs:
-            if not fnmatch.filter(runs, pattern):
-                raise ConfigError(f"families.{name}.runs: no run is called {pattern!r}; {suggestion(pattern, runs, 'there are')}")
-        data["runs"] = {label: run for label, run in runs.items() if any(fnmatch.fnmatch(label, p) for p in family.runs)}
-        data["checks"] = {k: v for k, v in (data.get("checks") or {}).items() if k == "all" or k in data["runs"]}
-    return experiment_from(data, path, shipped)
+def taking_part(bench: Bench, quick: bool, only: Sequence[str] = ()) -> dict[str, Family]:
+    """The families of a benchmark, or `only` some; of a quick one those that say what is quick, or all where none does."""
+    for name in only:
+        if name not in bench.families:
+            raise ConfigError(f"--family: no family is called {name!r}; {suggestion(name, bench.families, 'there are')}")
+    asked = {name: family for name, family in bench.families.items() if not only or name in only}
+    named = {name: family for name, family in asked.items() if family.quick is not None}
+    return named if quick and named else asked
 
 
-# --- who is what -----------------------------------------------------------------------------------------------------------------
+class FamilyPlan:
+    """The plain values of a family's experiment, with the runs that are asked for; `experiment` checks and builds them."""
+
+    def __init__(self, name: str, family: Family, quick: bool):
+        self.name, self.family = name, family
+        self.tune = family.tune and not quick
+        self.long = None if quick else family.long
+        self.limit = None if quick else family.limit
+        data, self._path, self._shipped = read_experiment(family.experiment)
+        self.data = copy.deepcopy(data)
+        self.data.pop("sweep", None)
+        self._add_rivals()
+        for key, value in {**family.change, **((family.quick or {}) if quick else {})}.items():
+            set_key(self.data, key_path_of(key), value)
+        chosen = family.quick_runs if quick else []
+        self._choose(chosen or family.runs, set() if chosen else set(family.rivals))
+        if not quick:
+            self._add_rungs()
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        return self.data["runs"]
+
+    def experiment(self) -> Experiment:
+        return experiment_from(self.data, self._path, self._shipped)
+
+    def _add_rivals(self) -> None:
+        for label, run in self.family.rivals.items():
+            if label in self.runs:
+                raise ConfigError(f"families.{self.name}.rivals: the experiment has a run {label!r} already")
+            self.runs[label] = dict(run)
+
+    def _choose(self, patterns: Sequence[str], anyway: set[str]) -> None:
+        for pattern in patterns:
+            if not fnmatch.filter(self.runs, pattern):
+                raise ConfigError(
+                    f"families.{self.name}.runs: no run is called {pattern!r}; {suggestion(pattern, self.runs, 'there are')}"
+                )
+        if patterns:
+            kept = {k: run for k, run in self.runs.items() if k in anyway or any(fnmatch.fnmatch(k, p) for p in patterns)}
+            self.data["runs"] = kept
+        checks = self.data.get("checks") or {}
+        self.data["checks"] = {k: v for k, v in checks.items() if k == "all" or k in self.runs}
+
+    def _add_rungs(self) -> None:
+        for label, sizes in self.family.ladders.items():
+            where = f"families.{self.name}.ladders"
+            if label not in self.runs:
+                raise ConfigError(f"{where}: no run is called {label!r}; {suggestion(label, self.runs, 'there are')}")
+            template = self.runs[label]
+            shape = template["shape"]
+            for n in sizes:
+                scaled = [x * n / shape[0] for x in shape]
+                if any(x != round(x) for x in scaled):
+                    raise ConfigError(f"{where}.{label}: {n} points along the first axis leave no whole number along the others")
+                rung = {**copy.deepcopy(template), "shape": [round(x) for x in scaled]}
+                if rung.get("dt") is not None:
+                    rung["dt"] = template["dt"] * shape[0] / n
+                rung.pop("title", None)
+                self.runs[f"{label}_{n}"] = rung
+
+    def with_steps(self, tuned: Mapping[str, Record], interval: float) -> None:
+        """Gives every rung the time steps that were found; a second run where the long-run rule asks for another."""
+        for label, found in tuned.items():
+            run = self.runs[label]
+            if found["steps"] is None:
+                del self.runs[label]
+                continue
+            for key in ("cfl", "adaptive"):
+                run.pop(key, None)
+            run["may_diverge"] = True
+            run["dt"] = interval / found["steps"]
+            second = found["labels"].get("long")
+            if second is not None and second != label:
+                self.runs[second] = {**copy.deepcopy(run), "dt": interval / found["long_steps"]}
+
+    def add_titles(self) -> None:
+        """A title for every run that has none: its method and grid, its training seed."""
+        from hybridsim.sections import Run
+
+        for data in self.runs.values():
+            run = Run.model_validate(data)
+            grid = " × ".join(map(str, run.shape))
+            if run.title is None:
+                data["title"] = f"{method_of(run)} {grid}"
 
 
-def method_of(run: Run) -> str:
-    """The name of a run's ladder: discretisation, options, stepper, classical closures without their constants."""
-    parts = [run.solver.use]
-    if run.solver.model_extra:
-        parts.append("(" + ", ".join(str(value) for value in run.solver.model_extra.values()) + ")")
-    if run.stepper:
-        parts.append(run.stepper.use)
-    parts += [f"+ {correction.use}" for correction in run.corrections]
-    return " ".join(parts).replace("_", " ")
+# --- time steps ------------------------------------------------------------------------------------------------------------------
 
 
-def closure_of(run: Run) -> str | None:
-    """The name of the weights that a run has, without their training seed; None for a classical run."""
-    stems = [Path(correction.weights).stem for correction in run.corrections if correction.weights]
-    return re.sub(r"[_-]seed\d+$", "", stems[0]) if stems else None
+def tune_family(plan: FamilyPlan, folder: Path, resume: bool, say: Reporter) -> dict[str, Record]:
+    """label → what was tried for every classical run, and the labels that stand for it by each rule; kept in `tuning.json`."""
+    experiment = plan.experiment()
+    file = folder / "tuning.json"
+    kept: Record = {}
+    if resume and file.exists() and (old := storage.read_json(file))["config_hash"] == experiment.config_hash:
+        kept = old["rungs"]
+    classical = [label for label, run in experiment.spec.runs.items() if closure_of(run) is None] if plan.tune else []
+    learned = [label for label in experiment.labels if closure_of(experiment.spec.runs[label])] if plan.long else []
+    asked = [*classical, *learned]
+    if all(label in kept for label in asked):
+        return {label: kept[label] for label in asked}
+
+    def progress(what: str, part: float) -> None:
+        say.progress(f"{plan.name}: {what}", part)
+        STOP.check()
+
+    reference = make_reference(experiment, progress)
+    solvers = {group_name(experiment, label): experiment.solver(label) for label in experiment.labels}
+    truths = reference_groups(experiment, reference, solvers)
+    coarsest, at = coarsest_grid(experiment), stated_time(experiment)
+    interval = experiment.spec.time.end / experiment.spec.time.frames
+    draw = np.arange(experiment.spec.samples.count)
+    for i, label in enumerate(asked):
+        if label in kept:
+            continue
+        group = group_name(experiment, label)
+        starts = reference.groups[group][:, 0]
+        measure = _measure(truths[group])
+
+        def accuracy(steps: int, label=label, group=group, starts=starts, measure=measure) -> float:
+            STOP.check()
+            frames = frames_of_trial(experiment, label, steps, starts)
+            if frames is None:
+                return math.nan
+            model = experiment.model_for(label, dt=interval / steps)
+            ledger = np.zeros((*frames.shape[:2], len(model.solver.ledger_rows)))
+            ds = diagnosed(experiment, Result(label, model, frames, ledger), reference, truths[group], {})
+            found = accuracy_of(measure, ds, truths[group], coarsest, at)
+            assert found is not None
+            return found(draw)
+
+        def lasted(steps: int, label=label, starts=starts) -> float:
+            STOP.check()
+            return lasts(experiment, label, steps, starts, plan.long or 0.0)
+
+        given = round(interval / model_from(experiment, label, starts).dt)
+        tunable = label in classical and experiment.spec.runs[label].substeps == 1
+        tuned = fewest_steps(given, accuracy, SCALES[measure]) if tunable else Tuned(given)
+        if plan.long is not None:
+            tuned = fewest_lasting(tuned, lasted, plan.long) if tunable else Tuned(given, None, {}, {given: lasted(given)})
+            if not tunable and tuned.lasted[given] >= plan.long:
+                tuned.long_steps = given
+        kept[label] = {
+            "measure": measure,
+            "given": given,
+            "steps": tuned.steps,
+            "long_steps": tuned.long_steps,
+            "labels": _labels(label, tuned, plan.long is not None),
+            "trials": [
+                {"dt": interval / n, "value": value, "lost": math.isnan(value)} for n, value in sorted(tuned.accuracy.items())
+            ],
+            "lasted": {str(n): t for n, t in tuned.lasted.items()},
+        }
+        storage.write_json(file, {"config_hash": experiment.config_hash, "rungs": kept})
+        say.progress(f"{plan.name}: time steps", (i + 1) / len(asked))
+        say.line(f"{plan.name}, {label}: {_tuned_sentence(tuned, given, interval, plan.long)}")
+    return {label: storage.read_json(file)["rungs"][label] for label in asked}
 
 
-def _replaces(run: Run) -> bool:
-    """Whether a network stands in the solver's place."""
-    return any("replacement" in correction.use for correction in run.corrections)
+def _measure(truth: Any) -> str:
+    """What the runs of a family are compared by."""
+    if "mass_per_temperature" in truth:
+        return "temperature_error"
+    return "error" if "total_energy" in truth else "t95"
 
 
-# --- accuracy --------------------------------------------------------------------------------------------------------------------
+def _labels(label: str, tuned: Tuned, long: bool) -> dict[str, str]:
+    """Rule of time steps → the run that stands for the rung by it."""
+    if tuned.steps is None:
+        return {}
+    labels = {"accuracy": label}
+    if long and tuned.long_steps is not None:
+        labels["long"] = label if tuned.long_steps == tuned.steps else f"{label}_long"
+    return labels
 
 
-def accuracy_of(measure: str, run: "xr.Dataset", truth: "xr.Dataset", coarsest: Any, at: float) -> Accuracy | None:
-    """The measure of one run over any draw of its starts; None where the flow has no such thing."""
-    if measure in ("t95", "t80"):
-        level = 0.95 if measure == "t95" else 0.80
-        times, rho = run["time"].values, run["correlation"].transpose("sample", "time").values
-
-        def time_of(draw: np.ndarray) -> float:
-            found, _ = diagnostics.crossing_time(times, np.nan_to_num(rho[draw]).mean(axis=0), level)
-            return math.inf if found is None else found
-
-        return time_of
-    if measure in ("error", "velocity_error"):
-        if measure not in run:
-            return None
-        values = run[measure]
-        if measure == "error":
-            series = values.transpose("field", "sample", "time").values
-            fields = [str(name) for name in values["field"].values]
-            found = gas.error_of({name: _at(run["time"].values, row, at) for name, row in zip(fields, series, strict=True)})
-        else:
-            found = _at(run["time"].values, values.transpose("sample", "time").values, at)
-        return lambda draw: float(np.mean(found[draw]))
-    if measure == "temperature_error":
-        if "mass_per_temperature" not in run:
-            return None
-        mass, known = (_by_sample(d["mass_per_temperature"]) for d in (run, truth))
-        return lambda draw: gas.phase_distance(mass[draw].mean(axis=0), known[draw].mean(axis=0))
-    if "spectrum" not in run:
-        return None
-    numbers = np.rint(run["wavenumber"].values * max(coarsest.lengths) / (2 * np.pi)).astype(int)
-    ours, theirs = (_by_sample(d["spectrum"]) for d in (run, truth))
-
-    def spectrum_of(draw: np.ndarray) -> float:
-        pair = ours[draw].mean(axis=0), theirs[draw].mean(axis=0)
-        return float(diagnostics.spectrum_error(*pair, numbers, coarsest.shape, coarsest.lengths))
-
-    return spectrum_of
+def _tuned_sentence(tuned: Tuned, given: int, interval: float, long: float | None) -> str:
+    if tuned.steps is None:
+        return "unstable with all time steps tried"
+    words = f"Δt {interval / tuned.steps:.4g}" + (f" (given {interval / given:.4g})" if given != tuned.steps else "")
+    if long is None:
+        return words
+    if tuned.long_steps is None:
+        return f"{words}; no time step tried lasts until t = {long:g}"
+    return words if tuned.long_steps == tuned.steps else f"{words}; lasts until t = {long:g} with {interval / tuned.long_steps:.4g}"
 
 
-def _by_sample(values: "xr.DataArray") -> np.ndarray:
-    return values.transpose("sample", ...).values
+# --- costs -----------------------------------------------------------------------------------------------------------------------
 
 
-def _at(times: np.ndarray, series: np.ndarray, t: float) -> np.ndarray:
-    """`(sample, time)` at t, linear between frames."""
-    return np.array([np.interp(t, times, row) if np.isfinite(row).all() else np.nan for row in series])
+def measure_costs(experiment: Experiment, labels: Sequence[str], folder: Path, rounds: int, say: Reporter, name: str) -> Record:
+    """label → seconds per unit time of one start alone and of each of all starts at once, by round, memory and compile time.
 
-
-def measures_of(primary: str, datasets: Sequence["xr.Dataset"], stated: bool) -> list[str]:
-    """The family's own measure first, then the others that all of its runs have."""
-    names = [primary]
-    names += [m for m in ("error",) if m != primary and all(m in d for d in datasets)]
-    if stated and all("velocity_error" in d for d in datasets):
-        names.append("velocity_error")
-    if all("spectrum" in d for d in datasets):
-        names.append("spectrum_error")
-    return names
-
-
-# --- cost ------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A run's costs: seconds per unit time of one start alone, one per round; bytes that its program holds; seconds to compile."""
-
-    seconds: np.ndarray
-    memory: float
-    compile_seconds: float
-
-
-def measure_costs(
-    experiment: Experiment, labels: Sequence[str], folder: Path, rounds: int, say: Reporter, name: str
-) -> dict[str, Timing]:
-    """The timings of the runs, from their own starts as they stand in the family's folder."""
-    programs, seconds = {}, {}
+    From their own starts as they stand in the family's folder. Programs are compiled anew: one from the compile cache does not
+    say what memory it takes, nor how long it took.
+    """
+    programs, batches, found = {}, {}, {}
     for i, label in enumerate(labels):
         ds = storage.open_dataset(folder / f"{label}.nc").isel(time=0)
         starts = np.stack([ds[variable.name].values for variable in experiment.solver(label).variables], axis=1)
         begin = time.perf_counter()
-        programs[label] = compiled_run(experiment, label, starts)
-        seconds[label] = time.perf_counter() - begin
+        with without_cache():
+            programs[label] = compiled_run(experiment, label, starts)
+        found[label] = {"memory": programs[label].memory, "compile_seconds": time.perf_counter() - begin}
+        batches[label] = compiled_run(experiment, label, starts, alone=False)
         say.progress(f"{name}: compiling", (i + 1) / len(labels))
         STOP.check()
 
-    def tell(part: float) -> None:
-        say.progress(f"{name}: timing in turn", part)
-        STOP.check()
+    def telling(what: str) -> Callable[[float], None]:
+        def tell(part: float) -> None:
+            say.progress(f"{name}: {what}, in turn", part)
+            STOP.check()
 
-    found = in_turn(programs, rounds, tell)
-    return {label: Timing(found[label], programs[label].memory, seconds[label]) for label in labels}
+        return tell
+
+    samples = experiment.spec.samples.count
+    alone = in_turn(programs, rounds, telling("timing"))
+    batch = in_turn(batches, min(rounds, BATCH_ROUNDS), telling("timing all starts at once"))
+    for label in labels:
+        found[label] |= {"seconds": alone[label].tolist(), "batch": (batch[label] / samples).tolist()}
+    return found
+
+
+def data_seconds(experiment: Experiment) -> dict[str, float | None]:
+    """closure → what making its training data takes here: the unit times of its fine runs at the speed of their solver."""
+    found: dict[str, float | None] = {}
+    for label, run in experiment.spec.runs.items():
+        closure = closure_of(run)
+        if closure is None or closure in found:
+            continue
+        card = card_of(experiment, label, closure)
+        if card is None:
+            found[closure] = None
+            continue
+        data = card["data"]
+        warm_up = float(getattr(experiment.initial(), "warm_up", 0.0))
+        units = data["trajectories"] * (data["time"] + warm_up) + data["validation"] * (data["validation_time"] + warm_up)
+        found[closure] = units * _fine_cost(experiment, data["shape"] or experiment.spec.reference.shape, data["precision"])
+    return found
+
+
+def _fine_cost(experiment: Experiment, shape: Sequence[int], precision: str) -> float:
+    """Seconds per unit time of the reference's solver on a grid, from a start of the reference."""
+    import jax.numpy as jnp
+
+    from hybridsim.model import Model
+
+    spec, fine = experiment.spec.reference, experiment.reference_solver()
+    solver = experiment.solver_for(spec.solver, shape)
+    u = fine_starts(experiment)[0]
+    u = solver.prepare(u.dtype).restrict(u, fine.grid, fine.variables).astype(jnp.dtype(precision))
+    dt = (COURANT if spec.cfl is None else spec.cfl) * float(solver.stable_dt(u))
+    return cost_of(Model(solver, experiment.stepper("reference", solver), dt), u)
 
 
 # --- one family ------------------------------------------------------------------------------------------------------------------
 
 
-def run_family(name: str, experiment: Experiment, folder: Path, rounds: int, resume: bool, say: Reporter) -> tuple[Record, Record]:
-    """(summary of the runs, label → their costs round by round); on `resume` what is there of the same configuration is kept."""
+def measure_limit(experiment: Experiment, plan: FamilyPlan, folder: Path, resume: bool, say: Reporter) -> Record | None:
+    """The predictability limit on the grid of every closure, with its interval; kept in `limit.json`."""
+    if plan.limit is None:
+        return None
+    from hybridsim import diagnostics, gas
+    from hybridsim.predictability import limits
+
+    labels = [label for label, run in experiment.spec.runs.items() if closure_of(run)]
+    targets = {group_name(experiment, label): experiment.solver(label) for label in labels}
+    frames = experiment.spec.time.frames
+    end = plan.limit.end or experiment.spec.time.end
+    count = max(1, round(end / (experiment.spec.time.end / frames)))
+    recipe = {"config_hash": experiment.config_hash, "shape": list(plan.limit.shape), "frames": count}
+    file = folder / "limit.json"
+    if resume and file.exists() and (old := storage.read_json(file))["recipe"] == recipe:
+        return old
+
+    def tell(part: float) -> None:
+        say.progress(f"{plan.name}: predictability limit", part)
+        STOP.check()
+
+    times, series = limits(experiment, targets, list(plan.limit.shape), count, tell)
+    at = stated_time(experiment)
+    found: Record = {
+        "recipe": recipe,
+        "shape": list(plan.limit.shape),
+        "end": float(times[-1]),
+        "times": times.tolist(),
+        "groups": {},
+    }
+    for group, values in series.items():
+        entry: Record = {"shape": list(targets[group].grid.shape), "series": values.tolist()}
+        if gas.gas_of(targets[group]) is not None:
+            errors = np.array([np.interp(at, times, row) for row in values])
+            draws = np.random.default_rng(0).integers(len(errors), size=(1000, len(errors)))
+            interval = np.quantile(errors[draws].mean(axis=1), [0.05, 0.95]).tolist()
+            entry |= {"measure": "error", "value": float(errors.mean()), "interval": interval}
+        else:
+            t95 = diagnostics.t_correlated(times, values, 0.95)
+            entry |= {"measure": "t95", "value": t95.time, "interval": [t95.low, t95.high]}
+        found["groups"][group] = entry
+    storage.write_json(file, found)
+    return storage.read_json(file)
+
+
+def run_family(plan: FamilyPlan, folder: Path, rounds: int, resume: bool, say: Reporter) -> tuple[Experiment, Record, Record]:
+    """(the experiment with all rungs and steps, the summary of its runs, what else was measured).
+
+    On `resume` what is there of the same configuration is kept.
+    """
+    base = plan.experiment()
+    tuning = tune_family(plan, folder, resume, say)
+    plan.with_steps(tuning, base.spec.time.end / base.spec.time.frames)
+    plan.add_titles()
+    experiment = plan.experiment()
     done = folder / "summary.json"
     if not (resume and done.exists() and storage.read_json(done)["config_hash"] == experiment.config_hash):
         done.unlink(missing_ok=True)
-        run_locked(experiment, folder, resume and (folder / "state").exists(), say)
+        run_locked(experiment, folder, resume and (folder / "state").exists(), say, timed=False)
     summary = storage.read_json(done)
+    limit = measure_limit(experiment, plan, folder, resume, say)
     turns = folder / "turns.json"
-    if resume and turns.exists():
-        kept = storage.read_json(turns)
-        if kept["config_hash"] == experiment.config_hash and kept["rounds"] == rounds:
-            return summary, kept["timings"]
-    finished = [label for label in experiment.labels if summary["runs"][label]["outcome"] == "finished"]
-    found = measure_costs(experiment, finished, folder, rounds, say, name)
-    timings = {
-        label: {"seconds": [float(x) for x in t.seconds], "memory": t.memory, "compile_seconds": t.compile_seconds}
-        for label, t in found.items()
-    }
-    storage.write_json(turns, {"config_hash": experiment.config_hash, "rounds": rounds, "timings": timings})
-    return summary, timings
-
-
-def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, timings: Record, resamples: int) -> Record:
-    """Everything that is claimed of a family, in JSON's types."""
-    runs = experiment.spec.runs
-    labels = [label for label in experiment.labels if label in timings]
-    if not labels:
-        raise ConfigError(f"families.{name}: no run finished, so there is nothing to compare")
-    datasets = {label: storage.open_dataset(folder / f"{label}.nc") for label in labels}
-    groups = {ds.attrs["reference_group"] for ds in datasets.values()}
-    truths = {group: storage.open_dataset(folder / "reference.nc", group) for group in groups}
-    coarsest = coarsest_grid(experiment)
-    at = stated_time(experiment)
-    primary = summary["runs"][labels[0]]["accuracy"]["metric"]
-    samples = int(experiment.spec.samples.count)
-    measures = measures_of(primary, list(datasets.values()), experiment.spec.compare.at is not None)
-    accuracies = {
-        measure: {
-            label: accuracy_of(measure, datasets[label], truths[datasets[label].attrs["reference_group"]], coarsest, at)
-            for label in labels
+    kept = storage.read_json(turns) if resume and turns.exists() else {}
+    if kept.get("config_hash") != experiment.config_hash or kept["rounds"] != rounds:
+        finished = [label for label in experiment.labels if summary["runs"][label]["outcome"] == "finished"]
+        timings = measure_costs(experiment, finished, folder, rounds, say, plan.name)
+        kept = {
+            "config_hash": experiment.config_hash,
+            "rounds": rounds,
+            "data_seconds": data_seconds(experiment),
+            "timings": timings,
         }
-        for measure in measures
+        storage.write_json(turns, kept)
+    evidence = {
+        "timings": kept["timings"],
+        "data_seconds": kept["data_seconds"],
+        "tuning": tuning,
+        "limit": limit,
+        "long": plan.long,
     }
-    rungs = []
-    for label in labels:
-        seconds = np.array(timings[label]["seconds"])
-        run = runs[label]
-        kind = "classical" if closure_of(run) is None else "alone" if _replaces(run) else "hybrid"
-        rungs.append(
-            {
-                "label": label,
-                "title": run.title or label,
-                "kind": kind,
-                "closure": closure_of(run),
-                "method": method_of(run),
-                "discretisation": run.solver.use,
-                "shape": list(run.shape),
-                "dt": summary["runs"][label]["dt"],
-                "cost": float(np.median(seconds)),
-                "cost_least": float(seconds.min()),
-                "cost_interval": [float(q) for q in np.quantile(seconds, [0.05, 0.95])],
-                "throughput": summary["runs"][label]["seconds_per_unit_time_throughput"],
-                "memory": timings[label]["memory"],
-                "compile_seconds": timings[label]["compile_seconds"],
-                **_values({m: accuracies[m][label] for m in measures}, samples, resamples, experiment.spec.time.end),
-            }
-        )
-    lost = [label for label in experiment.labels if label not in timings]
-    found: Record = {
-        "experiment": experiment.name,
-        "title": experiment.title,
-        "metric": primary,
-        "measures": measures,
-        "at": at,
-        "samples": samples,
-        "reference": {
-            **{k: summary["reference"].get(k) for k in ("shape", "precision", "converged_until", "seconds_per_unit_time")},
-            "window": experiment.spec.time.end,
-        },
-        "rungs": rungs,
-        "lost": lost,
-        "noise": noise_of(timings),
-        "closures": {},
-    }
-    measured = {
-        (measure, r["label"]): Measured(r["label"], r["method"], accuracy, np.array(timings[r["label"]]["seconds"]))
-        for measure in measures
-        for r in rungs
-        if (accuracy := accuracies[measure][r["label"]]) is not None
-    }
-    for closure in dict.fromkeys(r["closure"] for r in rungs if r["closure"]):
-        mine = [r for r in rungs if r["closure"] == closure]
-        entry: Record = {"runs": [r["label"] for r in mine], "kind": mine[0]["kind"], "measures": {}}
-        for measure in measures:
-            entry["measures"][measure] = _claims(mine, rungs, measured, measure, samples, resamples)
-        entry["verdict"] = entry["measures"][primary]["verdict"]
-        entry["break_even"] = _break_even(experiment, mine, entry["measures"][primary])
-        found["closures"][closure] = entry
-    return found
-
-
-def _claims(
-    mine: Sequence[Record], rungs: Sequence[Record], measured: Mapping, measure: str, samples: int, resamples: int
-) -> Record:
-    """A closure's speed-ups by one measure over all classical runs and over those of its own discretisation; its gain in points."""
-    scale = SCALES[measure]
-    hybrids = [measured[measure, r["label"]] for r in mine if (measure, r["label"]) in measured]
-    classical = [r for r in rungs if r["kind"] == "classical" and (measure, r["label"]) in measured]
-    same = [r for r in classical if r["discretisation"] == mine[0]["discretisation"]]
-    best = (
-        speedup(hybrids, [measured[measure, r["label"]] for r in classical], samples, scale, resamples=resamples)
-        if hybrids
-        else None
-    )
-    own = speedup(hybrids, [measured[measure, r["label"]] for r in same], samples, scale, resamples=resamples) if hybrids else None
-    return {
-        "best": _plain(best),
-        "same": _plain(own),
-        "resolution_gain": _resolution_gain(mine, same, measure),
-        "verdict": "no rival finished" if best is None else verdict(best),
-    }
-
-
-def _plain(found: Speedup | None) -> Record | None:
-    if found is None:
-        return None
-    return {"interval": list(found.interval), "method": found.best, "bound": found.bound, "shares": found.shares}
-
-
-def _resolution_gain(mine: Sequence[Record], same: Sequence[Record], measure: str) -> Record | None:
-    """How many times as many points per axis the best method of the same discretisation needs without the closure."""
-    gains: list[tuple[float, str]] = []
-    for r in mine:
-        if r[measure] is None and not r.get(f"{measure}_at_least"):
-            return None
-        wanted = worth(math.inf if r[measure] is None else r[measure], SCALES[measure])
-        ladders: dict[str, list[tuple[float, float]]] = {}
-        for rival in same:
-            value = math.inf if rival[measure] is None else rival[measure]
-            ladders.setdefault(rival["method"], []).append((worth(value, SCALES[measure]), float(rival["shape"][0])))
-        found = cheapest({method: cost_on(rungs, wanted) for method, rungs in ladders.items()})
-        if found is None:
-            return None
-        points: Cost = found[1]
-        gains.append((points.value / r["shape"][0], {"": "", "at most": "at most", "more than": "at least"}[points.bound]))
-    value = math.exp(statistics.fmean(math.log(g) for g, _ in gains))
-    bounds = {b for _, b in gains}
-    return {"value": value, "bound": bounds.pop() if len(bounds) == 1 else ""}
-
-
-def _break_even(experiment: Experiment, mine: Sequence[Record], claims: Record) -> Record | None:
-    """Unit times after which the training (without its data) is won back against the best classical run, and what it took."""
-    label = mine[0]["label"]
-    for i, correction in enumerate(experiment.spec.runs[label].corrections):
-        if correction.weights is None:
-            continue
-        file = experiment.weights_file(correction, ("runs", label, "corrections", i))
-        card = file.with_name(f"{mine[0]['closure']}.json")
-        if not card.exists() or claims["best"] is None:
-            return None
-        seeds = storage.read_json(card)["seeds"].values()
-        training = statistics.fmean(seed["seconds"] for seed in seeds)
-        hybrid = statistics.median(r["cost"] for r in mine)
-        rival = claims["best"]["interval"][1] * hybrid
-        return {"training_seconds": training, "unit_times": break_even(training, rival, hybrid)}
-    return None
-
-
-def noise_of(timings: Mapping[str, Record]) -> float:
-    """How much the same program's time varies from round to round: the median over runs of (95 % − 5 % quantile) / median."""
-    spreads = []
-    for t in timings.values():
-        low, mid, high = np.quantile(t["seconds"], [0.05, 0.5, 0.95])
-        spreads.append((high - low) / mid)
-    return float(np.median(spreads))
-
-
-def _values(accuracies: Mapping[str, Accuracy | None], samples: int, resamples: int, end: float) -> Record:
-    """Each measure over all starts with its interval; a time that was not crossed is null, beside `…_at_least`."""
-    found: Record = {}
-    for measure, accuracy in accuracies.items():
-        value = math.nan if accuracy is None else accuracy(np.arange(samples))
-        found[measure] = float(value) if math.isfinite(value) else None
-        found[f"{measure}_interval"] = _interval(accuracy, samples, resamples)
-        if SCALES[measure] == "growing":
-            found[f"{measure}_at_least"] = end if value == math.inf else None
-    return found
-
-
-def _interval(accuracy: Accuracy | None, samples: int, resamples: int) -> list[float | None] | None:
-    """The middle 90 % over draws of the starts; an end of None lies beyond the window."""
-    if accuracy is None:
-        return None
-    draws = np.random.default_rng(0).integers(samples, size=(resamples, samples))
-    low, high = np.quantile([accuracy(draw) for draw in draws], [0.05, 0.95], method="nearest")
-    return [float(x) if math.isfinite(x) else None for x in (low, high)]
-
-
-# --- the page --------------------------------------------------------------------------------------------------------------------
-
-
-def _shown(rung: Record, measure: str) -> str:
-    """A value with its interval, as it stands in a table."""
-    value, bound, interval = rung[measure], rung.get(f"{measure}_at_least"), rung[f"{measure}_interval"]
-    if value is None:
-        return "–" if bound is None else f"≥ {bound:.3g}"
-    digits = ".2f" if SCALES[measure] == "growing" else ".3f"
-    low, high = interval or (None, None)
-    span = "" if low is None else f" [{low:{digits}}, {'beyond' if high is None else format(high, digits)}]"
-    return f"{value:{digits}}{span}"
-
-
-def _times(claim: Record | None) -> str:
-    if claim is None:
-        return "–"
-    low, median, high = claim["interval"]
-    bound = f"{claim['bound']} " if claim["bound"] else ""
-    return f"{bound}{median:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def family_lines(name: str, found: Record) -> list[str]:
-    """A family's part of `bench.md`."""
-    metric, measures = found["metric"], found["measures"]
-    reference = found["reference"]
-    until = reference.get("converged_until")
-    truth = "a stated fine run" if until is None or until < reference["window"] * (1 - 1e-9) else "converged over the window"
-    if until is not None and truth.startswith("a stated"):
-        truth += f", converged until t = {until:.3g}"
-    shape = " × ".join(map(str, reference["shape"]))
-    lines = [
-        f"## {name}",
-        "",
-        f"{found['title']}. {found['samples']} starts; reference {shape} in {reference['precision']} ({truth}). Costs are medians "
-        "over rounds in which all runs took turns; between rounds the time of a program varies by "
-        f"{100 * found['noise']:.0f} % (middle 90 %).",
-        "",
-    ]
-    for closure, entry in found["closures"].items():
-        lines.append(f"- **{closure}**, by {NAMES[metric]}: {entry['verdict']}.")
-    lines += [
-        "",
-        "| closure | measure | over the best classical run | cheapest there | over its own discretisation | points per axis |",
-    ]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for closure, entry in found["closures"].items():
-        for measure in measures:
-            claim = entry["measures"][measure]
-            gain = claim["resolution_gain"]
-            points = "–" if gain is None else f"{gain['bound']} {gain['value']:.2f} times".strip()
-            method = "–" if claim["best"] is None else claim["best"]["method"]
-            cells = (closure, NAMES[measure], _times(claim["best"]), method, _times(claim["same"]), points)
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| run | " + " | ".join(NAMES[m] for m in measures) + " | ms per unit time | throughput | MiB |"]
-    lines.append("| --- " * (len(measures) + 4) + "|")
-    for rung in sorted(found["rungs"], key=lambda r: r["cost"]):
-        title = f"**{rung['title']}**" if rung["kind"] != "classical" else rung["title"]
-        cost, throughput = 1e3 * rung["cost"], rung["throughput"]
-        cells = [title, *(_shown(rung, m) for m in measures), f"{cost:.3g}"]
-        cells += ["–" if throughput is None else f"{1e3 * throughput:.3g}", f"{rung['memory'] / 2**20:.2g}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    if found["lost"]:
-        lines += ["", f"Blew up, and so not on any ladder: {', '.join(found['lost'])}."]
-    return [*lines, ""]
-
-
-def page(bench: Bench, results: Mapping[str, Record], versions: Mapping[str, Any], date: str) -> str:
-    """`bench.md`."""
-    lines = [
-        f"# {bench.title}",
-        "",
-        f"{versions['device']}, {versions['threads']} threads, JAX {versions['jax']}, hybridsim {versions['hybridsim']}, {date}. "
-        f"{bench.rounds} rounds; intervals: 90 %, starts, rounds and training seeds drawn again {bench.resamples} times.",
-        "",
-    ]
-    for name, found in results.items():
-        lines += family_lines(name, found)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def front_figure(found: Record, measure: str) -> Any:
-    """Accuracy over cost: the ladders as lines, the front of the classical runs thick, closures as filled marks."""
-    from matplotlib.figure import Figure
-
-    from hybridsim.report import PALETTE
-
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    ax = figure.subplots()
-    rungs = [r for r in found["rungs"] if r[measure] is not None]
-    classical = [r for r in rungs if r["kind"] == "classical"]
-    methods = list(dict.fromkeys(r["method"] for r in classical))
-    for i, method in enumerate(methods):
-        mine = sorted((r for r in classical if r["method"] == method), key=lambda r: r["cost"])
-        colour = PALETTE[i % len(PALETTE)]
-        ax.plot(
-            [1e3 * r["cost"] for r in mine],
-            [r[measure] for r in mine],
-            "o-",
-            color=colour,
-            markersize=4,
-            linewidth=1,
-            alpha=0.8,
-            label=method,
-        )
-    scale = SCALES[measure]
-    front = undominated([(worth(r[measure], scale), r["cost"]) for r in classical])
-    values = [w if scale == "growing" else math.exp(-w) for w, _ in front]
-    ax.plot(
-        [1e3 * c for _, c in front],
-        values,
-        color="0.75",
-        linewidth=7,
-        zorder=0,
-        label="front of the classical runs",
-        solid_capstyle="round",
-    )
-    closures = list(found["closures"])
-    for i, closure in enumerate(closures):
-        mine = [r for r in rungs if r["closure"] == closure]
-        marker = ("D", "s", "^", "v", "P", "X")[i % 6]
-        look: dict[str, Any] = {"color": "black", "markersize": 7, "markeredgecolor": "white", "linestyle": "none", "zorder": 5}
-        label = f"{closure}, {len(mine)} training seed{'s' if len(mine) > 1 else ''}"
-        ax.plot([1e3 * r["cost"] for r in mine], [r[measure] for r in mine], marker, label=label, **look)
-    ax.set_xscale("log")
-    if scale == "shrinking":
-        ax.set_yscale("log")
-        ax.invert_yaxis()
-    ax.set_xlabel("ms per unit time, one start, median of rounds in turn (left is cheaper)")
-    ax.set_ylabel(f"{NAMES[measure]} (up is better)")
-    ax.set_title(found["title"], loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+    return experiment, summary, evidence
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------------
 
 
-def bench_command(name: str, out: Path | None, quick: bool, resume: bool, console: "Console") -> int:
+def bench_command(
+    name: str, out: Path | None, quick: bool, resume: bool, only: Sequence[str], against: Path | None, console: "Console"
+) -> int:
     """Everything that `hybridsim bench` does; the exit code."""
     bench, stem = read_bench(name)
-    experiments = {family: family_experiment(family, spec, quick) for family, spec in bench.families.items()}
-    for family, experiment in experiments.items():
-        learned = [closure_of(run) is not None for run in experiment.spec.runs.values()]
+    plans = {family: FamilyPlan(family, spec, quick) for family, spec in taking_part(bench, quick, only).items()}
+    for family, plan in plans.items():
+        learned = [closure_of(run) is not None for run in plan.experiment().spec.runs.values()]
         if all(learned) or not any(learned):
             raise ConfigError(f"families.{family}: needs runs with trained weights and runs without, to compare them")
+    before = None if against is None else read_results(against)
     folder = Path("runs") / f"bench_{stem}" if out is None else out
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         results: dict[str, Record] = {}
-        for family, experiment in experiments.items():
+        begin = time.perf_counter()
+        for family, plan in plans.items():
             place = folder / family
             place.mkdir(parents=True, exist_ok=True)
             try:
-                summary, timings = run_family(family, experiment, place, bench.rounds, resume, say)
+                experiment, summary, evidence = run_family(plan, place, bench.rounds, resume, say)
             except FineRunError as error:
                 say.line(f"{family}: {error}; lower reference.cfl or refine reference.shape")
                 return 3
-            results[family] = analyse(family, experiment, place, summary, timings, bench.resamples)
+            results[family] = analyse(family, experiment, place, summary, evidence, bench.resamples)
             for closure, entry in results[family]["closures"].items():
                 say.line(f"{family}, {closure}: {entry['verdict']}")
-            write_results(folder, bench, results, quick)
+            page = write_results(folder, bench, results, quick, before)
+        say.line(f"{len(results)} {'family' if len(results) == 1 else 'families'} in {time.perf_counter() - begin:.0f} s: {page}")
     return 0
 
 
-def write_results(folder: Path, bench: Bench, results: Mapping[str, Record], quick: bool) -> None:
-    """`bench.json`, `bench.md` and the figures of the families that are finished."""
-    import datetime
-
-    import matplotlib
-
-    from hybridsim.report import STYLE, png
-
-    versions = storage.environment()
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    storage.write_json(
-        folder / "bench.json",
-        {
-            "title": bench.title,
-            "date": date,
-            "quick": quick,
-            "device": versions["device"],
-            "versions": versions,
-            "rounds": bench.rounds,
-            "resamples": bench.resamples,
-            "families": dict(results),
-        },
-    )
-    storage.atomic_write(folder / "bench.md", page(bench, results, versions, date[:10]))
-    (folder / "figures").mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        for name, found in results.items():
-            for measure in found["measures"]:
-                storage.atomic_write(folder / "figures" / f"{name}_{measure}.png", png(front_figure(found, measure)))
+def read_results(path: Path) -> Record:
+    """An earlier `bench.json`, or that of an earlier folder."""
+    file = path / "bench.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"--against: {path}: there is no bench.json")
+    found = storage.read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("families"), dict):
+        raise ConfigError(f"--against: {file}: these are not the results of a benchmark")
+    return found

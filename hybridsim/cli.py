@@ -171,8 +171,12 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results.  [default: runs/bench_NAME]")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer starts and runs, as the file says.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer families, runs and starts, as the file says.")] = False,
     resume: Resume = False,
+    family: Annotated[list[str] | None, typer.Option("--family", metavar="NAME", help="Only this one; may be repeated.")] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="An earlier bench.json, to see whether its verdicts hold.")
+    ] = None,
 ) -> None:
     """Measure what closures save at equal accuracy, against the best classical runs, all timed in turn."""
 
@@ -180,7 +184,7 @@ def bench(
         _start_jax()
         from hybridsim.bench import bench_command
 
-        return bench_command(benchmark, out, quick, resume, _console())
+        return bench_command(benchmark, out, quick, resume, family or [], against, _console())
 
     _leave(action, saves=True)
 

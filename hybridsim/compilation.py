@@ -6,7 +6,8 @@ faster to share out nothing but them, and where kernels are small, sharing them 
 `AbstractSolver.serial_kernels`, and a `SolverJit` compiles accordingly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, update_wrapper
 from typing import Any
 
@@ -61,6 +62,17 @@ def compiler_options(solver: Any) -> dict[str, str]:
     if learned and (solver.grid.ndim > 2 or solver.grid.cells > SMALL_CELLS):
         return {}
     return dict(_understood())
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Programs are compiled here and now, also where those of an earlier process are kept: their compile time is measured."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _outermost(arguments: Any) -> bool:

@@ -654,7 +654,7 @@ class Experiment:
         if (data.get("train") or {}).get("run") not in labels:
             data.pop("train", None)
         for key, value in changes.items():
-            set_key(data, _split(key), copy.deepcopy(value))
+            set_key(data, key_path_of(key), copy.deepcopy(value))
         spec = _spec_of(data)
         for run in data["runs"].values():
             run["may_diverge"] = True
@@ -679,7 +679,7 @@ class Experiment:
             data["name"] = self.name
             try:
                 for key, value in changes.items():
-                    set_key(data, _split(key), value)
+                    set_key(data, key_path_of(key), value)
                 if "compare.modes" not in changes:
                     coarsest = min(data["runs"][train.run]["shape"])
                     data["compare"]["modes"] = max(1, min(self.modes, coarsest // 2 - 1))
@@ -1307,7 +1307,8 @@ _WORDS = ("equation", "forcing", "initial", "network", "solver", "stepper")
 _GROWING = ("checks", "compare", "samples", "train")
 
 
-def _split(text: str) -> KeyPath:
+def key_path_of(text: str) -> KeyPath:
+    """`runs.bare.shape[0]` as a path."""
     parts = [m[1] if m[1] is not None else int(m[2]) for m in _STEP.finditer(text)]
     if not parts or key_path(parts) != text:
         raise ConfigError(f"{text[:80]}: this is not a key path; write for example runs.bare.shape=[32,32]")
@@ -1319,7 +1320,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     text, sign, value_text = override.partition("=")
     if not sign:
         raise ConfigError(f"{override[:80]}: an override is key=value, for example runs.bare.shape=[32,32]")
-    path = _split(text.strip())
+    path = key_path_of(text.strip())
     set_key(data, path, parse_yaml(value_text, text.strip(), path))
 
 

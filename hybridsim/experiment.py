@@ -6,7 +6,7 @@ for non-finite values and signals act between chunks; nothing of them is inside 
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from hybridsim.contract import AbstractSolver
 from hybridsim.grid import Grid
 from hybridsim.model import MOST_STEPS, Model, Prepared, adaptive_steps, frames_of
 from hybridsim.progress import Reporter
-from hybridsim.reference import COURANT, FineRunError, Frames, initial_state, make_frames, sample_keys
+from hybridsim.reference import COURANT, FineRunError, Frames, cached_starts, initial_state, make_frames, sample_keys, warm_starts
 from hybridsim.samples import gathered, over_samples
 from hybridsim.signals import STOP
 from hybridsim.train import parameters
@@ -156,6 +156,25 @@ def make_reference(experiment: "Experiment", progress: Callable[[str, float], No
         starts=start_recipe(experiment),
         progress=progress,
     )
+
+
+def fine_starts(experiment: "Experiment", progress: Callable[[float], None] = lambda _: None) -> jax.Array:
+    """The reference's states at t = 0, `(sample, c, *fine)`, from the cache if they were made before."""
+    spec = experiment.spec.reference
+    template, dtype = experiment.reference_solver(), np.dtype(spec.precision)
+
+    def make() -> jax.Array:
+        return warm_starts(
+            lambda grid: experiment.solver_for(spec.solver, grid.shape),
+            experiment.stepper("reference"),
+            experiment.initial(),
+            sample_keys(experiment.spec.samples.seed, experiment.spec.samples.count),
+            template.grid,
+            dtype,
+            progress,
+        )
+
+    return cached_starts(start_recipe(experiment), make, dtype)
 
 
 def _half_is_possible(experiment: "Experiment") -> bool:
@@ -355,6 +374,16 @@ def _run_one(
     return result
 
 
+def stretch(model: Model, u: jax.Array, keys: jax.Array, every: int, frames: int) -> Iterator[np.ndarray]:
+    """The states of all samples after `every`, 2 `every`, … model steps: a run without files, for trials."""
+    state, prepared = _begin(model, u, keys), _prepare(model, u.dtype)
+    per_chunk = _chunk_length(frames)
+    for _ in range(0, frames, per_chunk):
+        new, (chunk, _) = _chunk(model, prepared, state, per_chunk, every)
+        state = gathered(new)
+        yield from np.moveaxis(np.asarray(chunk), 1, 0)
+
+
 def _steps_taken(model: Model, carry: Any, steps: int) -> tuple[float, float]:
     """(solver steps, smallest Δt) of a run; `steps` is how many model steps of fixed Δt there are."""
     if model.courant is None:
@@ -369,16 +398,17 @@ def _program(model: Model, state: Any, frames: int, every: int) -> Program:
     return Program(compiled, arguments, frames * every * model.step_time, held_by(compiled))
 
 
-def compiled_run(experiment: "Experiment", label: str, starts: np.ndarray) -> Program:
-    """The program of a run from the first of its `starts`, over as many frames as `hybridsim run` computes at once.
+def compiled_run(experiment: "Experiment", label: str, starts: np.ndarray, *, alone: bool = True) -> Program:
+    """The program of a run from the first of its `starts`, or from all, over as many frames as `hybridsim run` computes at once.
 
     A Courant number is taken of all of them, as there.
     """
-    model = _model(experiment, label, starts)
+    model = model_from(experiment, label, starts)
     frames = experiment.spec.time.frames
     every = experiment.steps_per_frame(label, model.dt).steps
     keys = jax.random.split(jax.random.key(experiment.spec.samples.seed), len(starts))
-    state = _begin(model, jnp.asarray(starts[:1], experiment.dtype(label)), keys[:1])
+    taken = 1 if alone else len(starts)
+    state = _begin(model, jnp.asarray(starts[:taken], experiment.dtype(label)), keys[:taken])
     return _program(model, state, _chunk_length(frames), every)
 
 
@@ -418,10 +448,10 @@ def cost_of(model: Model, u: jax.Array) -> float:
 # --- what it is worth ------------------------------------------------------------------------------------------------------------
 
 
-def _dataset(
+def diagnosed(
     experiment: "Experiment", result: Result, reference: Frames, truth: "xr.Dataset", attrs: dict[str, Any]
 ) -> "xr.Dataset":
-    """A run's file: its frames, what is measured on them, and how their values are distributed."""
+    """A run's frames, and what is measured on them."""
     solver = result.model.solver
     grid, variables = solver.grid, solver.variables
     frames = reference.groups[group_name(experiment, result.label)]
@@ -443,6 +473,15 @@ def _dataset(
             ds, result.u, grid, variables, medium, conserved=solver.conserved, reference=frames, ledger=ledger, bins=bins, **how
         )
         ds["error"].attrs["at"] = stated_time(experiment)
+    return ds
+
+
+def _dataset(
+    experiment: "Experiment", result: Result, reference: Frames, truth: "xr.Dataset", attrs: dict[str, Any]
+) -> "xr.Dataset":
+    """A run's file: its frames, what is measured on them, and how their values are distributed."""
+    ds = diagnosed(experiment, result, reference, truth, attrs)
+    solver, frames = result.model.solver, reference.groups[group_name(experiment, result.label)]
     values = _compared_values(experiment, solver, result.u, reference.times)
     known = _compared_values(experiment, solver, frames, reference.times)
     distance = float(statistics.wasserstein(values, known, normalised=True))
@@ -785,7 +824,7 @@ def evaluate_checks(experiment: "Experiment", runs: dict[str, dict[str, Any]]) -
 # --- the whole experiment --------------------------------------------------------------------------------------------------------
 
 
-def _model(experiment: "Experiment", label: str, start: np.ndarray) -> Model:
+def model_from(experiment: "Experiment", label: str, start: np.ndarray) -> Model:
     """The run's model, with Δt from the starts where a Courant number was asked for."""
     cfl = experiment.cfl(label)
     if cfl is None:
@@ -815,7 +854,7 @@ def _attributes(experiment: "Experiment", label: str, environment: dict[str, Any
     }
 
 
-def _reference_groups(
+def reference_groups(
     experiment: "Experiment", reference: Frames, results_grid: dict[str, AbstractSolver]
 ) -> dict[str, "xr.Dataset"]:
     """The groups of reference.nc: one per filter and grid, `fine` pictures, and the evidence of convergence."""
@@ -931,8 +970,8 @@ def _training_history(experiment: "Experiment") -> dict[str, list[dict[str, Any]
     return found
 
 
-def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter) -> int:
-    """`run_experiment` in a folder whose lock is held."""
+def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter, *, timed: bool = True) -> int:
+    """`run_experiment` in a folder whose lock is held; without costs where they are measured otherwise."""
     import datetime
     import shutil
 
@@ -946,7 +985,7 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
 
     reference = make_reference(experiment, reference_progress)
     solvers = {group_name(experiment, label): experiment.solver(label) for label in experiment.labels}
-    groups = _reference_groups(experiment, reference, solvers)
+    groups = reference_groups(experiment, reference, solvers)
     storage.save_groups(folder / "reference.nc", groups)
     converged = groups["convergence"].attrs["converged_until"] if "convergence" in groups else None
     shape = " × ".join(map(str, experiment.spec.reference.shape))
@@ -969,7 +1008,7 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
     for label in experiment.labels:
         group = group_name(experiment, label)
         start = reference.groups[group][:, 0]
-        model = _model(experiment, label, start)
+        model = model_from(experiment, label, start)
         if note := experiment.shortened(label, model.dt):
             say.line(f"{label}: {note}")
         attrs = {**_attributes(experiment, label, environment), "dt": model.dt, "reference_group": group}
@@ -987,7 +1026,8 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
         ds = write(result)
         summaries[label] = _summarise(experiment, result, ds, groups[group])
         say.line(_sentence(label, summaries[label]))
-    _add_costs(experiment, summaries, {label: reference.groups[s["group"]][:, 0] for label, s in summaries.items()}, say)
+    if timed:
+        _add_costs(experiment, summaries, {label: reference.groups[s["group"]][:, 0] for label, s in summaries.items()}, say)
 
     rows = evaluate_checks(experiment, summaries)
     device = jax.devices()[0]

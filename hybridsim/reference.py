@@ -216,7 +216,7 @@ def make_frames(
 
     begin = time.perf_counter()
     share = 0.5 if getattr(initial, "warm_up", 0.0) > frames * interval else 0.2
-    u = _cached_starts(
+    u = cached_starts(
         starts, lambda: warm_starts(solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("warm-up", share * x)), dtype
     )
     solver = solver_on(grid)
@@ -254,7 +254,7 @@ def make_frames(
     return Frames(times, out, picture_array, times[picture_frames], dt, seconds)
 
 
-def _cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[], Array], dtype: Any) -> Array:
+def cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[], Array], dtype: Any) -> Array:
     """The states after the warm-up, from the cache if their recipe is known."""
     if recipe is None:
         return make()

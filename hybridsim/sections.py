@@ -371,13 +371,38 @@ class Spec(Section):
     sweep: Sweep | None = None
 
 
+class Limit(Section):
+    """How long any closure on a coarse grid could follow the fine run: see `hybridsim.predictability`."""
+
+    says: ClassVar[str] = "a predictability limit"
+    shape: Shape = Field(description="grid of the fine runs that differ only in what the coarse grids do not hold")
+    end: Positive | None = Field(default=None, description="how long they run (default: time.end)")
+
+
 class Family(Section):
     """One family of a benchmark: an experiment with closures, their rivals and a reference."""
 
     says: ClassVar[str] = "a family"
     experiment: Text = Field(description="a YAML file, or the name of a shipped experiment")
     runs: list[Text] = Field(default_factory=list, description="labels of its runs that take part; * is any part (default: all)")
-    quick: dict[Text, Any] = Field(default_factory=dict, description="key paths and values that --quick sets in the experiment")
+    change: dict[Text, Any] = Field(default_factory=dict, description="key paths of the experiment and values for them")
+    rivals: dict[Label, dict[Text, Any]] = Field(default_factory=dict, description="label: one more run, as in the experiment")
+    ladders: dict[Text, Annotated[list[Count], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="label of a run: points along the first axis of more runs like it, their time step as their spacing",
+    )
+    tune: bool = Field(
+        default=True,
+        description="whether each run without a network takes the largest time step that keeps its accuracy within 2 %",
+    )
+    long: Positive | None = Field(
+        default=None, description="how long a time step must be stable for the second rule of time steps (default: no such rule)"
+    )
+    limit: Limit | None = Field(default=None, description="measures the predictability limit (default: no)")
+    quick: dict[Text, Any] | None = Field(default=None, description="the same for --quick; families without are left out there")
+    quick_runs: list[Text] = Field(
+        default_factory=list, description="labels of the runs that take part in --quick (default: `runs`)"
+    )
 
 
 class Bench(Section):

@@ -33,6 +33,7 @@ class Program:
 
 def held_by(compiled: Any) -> float:
     """Bytes that a compiled program holds: arguments, results and what it works with; 0 where that is not known."""
+    compiled = getattr(compiled, "compiled", compiled)  # what equinox wraps
     try:
         found = compiled.memory_analysis()
         return float(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)

@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hybridsim.bench import closure_of, family_experiment, method_of, read_bench
+from hybridsim import storage
+from hybridsim.bench import FamilyPlan, read_bench, taking_part
+from hybridsim.claims import closure_of, method_of
 from hybridsim.cli import app
 from hybridsim.config import shipped_benches
-from hybridsim.sections import Family, Run
-from hybridsim.yaml_reader import ConfigError
+from hybridsim.diagnostics import crossing_time
+from hybridsim.sections import Bench, Family, Run
+from hybridsim.yaml_reader import ConfigError, parse_yaml
 
 SMALL = """
 title: A small benchmark
@@ -18,15 +22,21 @@ resamples: 50
 families:
   waves:
     experiment: ks_scores.yaml
-    runs: [ps64_bare, "ps64_learned_*", ps96_bare]
-    quick:
-      samples.count: 3
-      time.end: 30
-      time.frames: 30
-      time.statistics_from: 10
-      reference.shape: [192]
+    runs: [ps64_bare, fv64_bare, ps64_learned_0, ps64_learned_1]
+    rivals: {cut: {solver: {use: spectral, dealias: two_thirds}, shape: [64], dt: 1.0}}
+    ladders: {ps64_bare: [72]}
+    long: 40
+    limit: {shape: [128]}
+    change:
+      samples.count: 2
+      time.end: 20
+      time.frames: 20
+      time.statistics_from: 5
+      reference.shape: [128]
       reference.precision: float32
       initial.warm_up: 20
+    quick: {time.end: 10, time.frames: 10}
+    quick_runs: [ps64_bare, ps64_learned_0]
 """
 
 
@@ -39,52 +49,129 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     file = folder / "small.yaml"
     file.write_text(SMALL)
-    result = bench(file, "--quick", "--out", folder / "out")
+    result = bench(file, "--out", folder / "out")
     assert result.exit_code == 0, result.output
     return file, folder / "out"
+
+
+def rungs_of(out):
+    return {r["label"]: r for r in json.loads((out / "bench.json").read_text())["families"]["waves"]["rungs"]}
 
 
 def test_every_claim_has_its_numbers(finished):
     _, out = finished
     found = json.loads((out / "bench.json").read_text())
-    assert found["quick"]
+    assert not found["quick"]
     assert found["rounds"] == 3
     assert found["device"]
+    assert found["precision"] == "float32"
     family = found["families"]["waves"]
     assert family["metric"] == "t95"
     assert family["measures"] == ["t95", "spectrum_error"]
     rungs = {r["label"]: r for r in family["rungs"]}
-    assert set(rungs) == {"ps64_bare", "ps64_learned_0", "ps64_learned_1", "ps64_learned_2", "ps96_bare"}
+    learned = ["ps64_learned_0", "ps64_learned_1"]
+    assert {"ps64_bare", "ps64_bare_72", "fv64_bare", "cut", *learned} <= set(rungs)
     assert {r["kind"] for r in rungs.values()} == {"classical", "hybrid"}
     (closure,) = family["closures"].values()
-    assert closure["runs"] == ["ps64_learned_0", "ps64_learned_1", "ps64_learned_2"]
+    assert closure["runs"] == learned
     claim = closure["measures"]["t95"]
     low, median, high = claim["best"]["interval"]
     assert 0 < low <= median <= high
-    # one discretisation: both claims are the same
-    assert claim["best"]["interval"] == claim["same"]["interval"]
-    assert closure["break_even"]["training_seconds"] > 0
+    assert family["speedup_best"] == claim["best"]["interval"]
+    assert family["best_classical"] == claim["best"]["method"]
+    assert family["verdict"] == closure["verdict"] == claim["verdict"]
+    assert closure["break_even"] is None or closure["break_even"]["data_seconds"] > 0
     # the accuracies are those of `hybridsim run`
     summary = json.loads((out / "waves" / "summary.json").read_text())["runs"]
     for label, rung in rungs.items():
-        assert rung["t95"] == pytest.approx(summary[label]["t95"]) if rung["t95"] else rung["t95_at_least"] == 30
+        assert rung["t95"] == pytest.approx(summary[label]["t95"]) if rung["t95"] else rung["t95_at_least"] == 20
         assert rung["spectrum_error"] == pytest.approx(summary[label]["spectrum_error_common"])
-    page = (out / "bench.md").read_text()
-    assert closure["verdict"] in page
-    assert "spectral 96" in page
+        assert rung["memory"] > 1000
+        assert rung["compile_seconds"] > 0
+        assert len(rung["seconds_by_round"]) == 3
+        assert rung["cost"] == pytest.approx(sorted(rung["seconds_by_round"])[1])
+
+
+def test_rivals_take_the_largest_steps_that_keep_their_accuracy(finished):
+    _, out = finished
+    tuning = json.loads((out / "waves" / "tuning.json").read_text())["rungs"]
+    rungs = rungs_of(out)
+    for label in ("ps64_bare", "ps64_bare_72", "fv64_bare", "cut"):
+        trials = {t["dt"]: t for t in tuning[label]["trials"]}
+        chosen = rungs[label]["dt"]
+        assert chosen == 1 / tuning[label]["steps"]
+        best = trials[min(trials)]["value"]
+        assert best is None or trials[chosen]["value"] >= 0.98 * best
+        # larger ones were tried, and lost too much
+        for dt, trial in trials.items():
+            assert dt <= chosen or trial["lost"] or trial["value"] < 0.98 * best
+        assert "accuracy" in rungs[label]["rules"]
+        assert rungs[tuning[label]["labels"]["long"]]["lasted"] == 40
+    # a closure keeps its step, and is asked whether it lasts
+    assert rungs["ps64_learned_0"]["dt"] == 0.5
+    assert rungs["ps64_learned_0"]["lasted"] == 40
+
+
+def test_the_page_says_what_the_numbers_say(finished):
+    _, out = finished
+    found = json.loads((out / "bench.json").read_text())["families"]["waves"]
+    page, html = (out / "bench.md").read_text(), (out / "bench.html").read_text()
+    for text in (page, html):
+        for closure in found["closures"].values():
+            assert closure["verdict"] in text
+        for rung in found["rungs"]:
+            assert rung["title"] in text
+        assert "Predictability limit, from pairs of 128 runs" in text
+        assert "at most 1.12 apart" in text
+        assert "None" not in text
+        assert "nan" not in text
     for table in page.split("\n\n"):
         if table.startswith("|"):
             assert len({line.count("|") for line in table.strip().splitlines()}) == 1
-    assert {p.name for p in (out / "figures").iterdir()} == {"waves_t95.png", "waves_spectrum_error.png"}
+    assert {p.name for p in (out / "figures").iterdir()} == {"waves_t95.png", "waves_spectrum_error.png", "waves_time.png"}
+    assert html.count("data:image/png;base64,") == 3
+    assert "<script" not in html
+    assert "http://" not in html
+    assert "https://" not in html
+
+
+def test_raw_numbers_are_kept(finished):
+    _, out = finished
+    with storage.open_dataset(out / "bench.nc", "waves") as ds:
+        rungs = rungs_of(out)
+        assert list(ds["run"].values) == list(rungs)
+        assert ds["correlation"].dims == ("run", "start", "time")
+        assert ds["cost"].shape == (len(rungs), 3)
+        assert ds["limit"].sizes["start"] == 2
+        np.testing.assert_allclose(ds["limit"].isel(limit_time=0), 1, atol=1e-5)
+        for i, rung in enumerate(rungs.values()):
+            assert np.median(ds["cost"].values[i]) == pytest.approx(rung["cost"])
+            time, _ = crossing_time(ds["time"].values, ds["correlation"].values[i].mean(axis=0), 0.95)
+            assert time == pytest.approx(rung["t95"]) if rung["t95"] else time is None
 
 
 def test_what_is_finished_is_not_done_again(finished):
     file, out = finished
-    before = (out / "waves" / "summary.json").stat().st_mtime_ns, (out / "waves" / "turns.json").stat().st_mtime_ns
-    verdicts = json.loads((out / "bench.json").read_text())["families"]["waves"]["closures"]["ks_ps64"]["verdict"]
-    assert bench(file, "--quick", "--resume", "--out", out).exit_code == 0
-    assert before == ((out / "waves" / "summary.json").stat().st_mtime_ns, (out / "waves" / "turns.json").stat().st_mtime_ns)
-    assert json.loads((out / "bench.json").read_text())["families"]["waves"]["closures"]["ks_ps64"]["verdict"] == verdicts
+    names = ("summary.json", "turns.json", "tuning.json", "limit.json")
+    before = [(out / "waves" / name).stat().st_mtime_ns for name in names]
+    verdicts = json.loads((out / "bench.json").read_text())["families"]["waves"]["verdict"]
+    result = bench(file, "--resume", "--out", out, "--against", out / "bench.json")
+    assert result.exit_code == 0, result.output
+    assert before == [(out / "waves" / name).stat().st_mtime_ns for name in names]
+    assert json.loads((out / "bench.json").read_text())["families"]["waves"]["verdict"] == verdicts
+    page = (out / "bench.md").read_text()
+    assert "## Once more" in page
+    assert page.count(", both times") == 2
+
+
+def test_quick_takes_what_the_file_says():
+    plan = FamilyPlan("waves", Bench.model_validate(parse_yaml(SMALL, "small")).families["waves"], quick=True)
+    experiment = plan.experiment()
+    assert set(experiment.labels) == {"ps64_bare", "ps64_learned_0"}
+    assert (experiment.spec.time.end, experiment.spec.samples.count) == (10, 2)
+    assert not plan.tune
+    assert plan.long is None
+    assert plan.limit is None
 
 
 def test_names_of_ladders():
@@ -106,6 +193,12 @@ def test_names_of_ladders():
         ("families: {a: {experiment: ks_scores.yaml, runs: [ps65]}}", "no run is called 'ps65'"),
         ("families: {a: {experiment: ks_scores.yaml, runs: [ps64_bare]}}", "to compare them"),
         ("families: {a: {experiment: nothing.yaml}}", "nothing.yaml"),
+        ("families: {a: {experiment: ks_scores.yaml, ladders: {ps65: [72]}}}", "families.a.ladders: no run is called 'ps65'"),
+        ("families: {a: {experiment: kolmogorov_scores.yaml, ladders: {ps36: [0]}}}", "families.a.ladders.ps36[0]"),
+        ("families: {a: {experiment: mixing_layer_scores.yaml, ladders: {mc32: [33]}}}", "no whole number"),
+        ("families: {a: {experiment: ks_scores.yaml, rivals: {ps64_bare: {}}}}", "has a run 'ps64_bare' already"),
+        ("families: {a: {experiment: ks_scores.yaml, change: {sample.count: 3}}}", "sample"),
+        ("families: {a: {experiment: ks_scores.yaml, limit: {shape: [128], time: 3}}}", "families.a.limit"),
         ("families: {a: {experiment: ks_scores.yaml}}\nrounds: 0", "rounds"),
     ],
 )
@@ -134,15 +227,31 @@ def test_an_experiment_is_a_benchmark_of_one_family():
 @pytest.mark.parametrize("quick", [False, True])
 def test_shipped_benchmarks_are_valid(name, quick):
     spec, _ = read_bench(name)
-    for family, part in spec.families.items():
-        experiment = family_experiment(family, part, quick)
+    for family, part in taking_part(spec, quick).items():
+        experiment = FamilyPlan(family, part, quick).experiment()
         kinds = {closure_of(run) is None for run in experiment.spec.runs.values()}
         assert kinds == {True, False}, family
 
 
 def test_a_pattern_chooses_runs():
-    experiment = family_experiment("x", Family(experiment="ks_scores.yaml", runs=["ps64_*", "ps80_bare"]), quick=False)
+    experiment = FamilyPlan("x", Family(experiment="ks_scores.yaml", runs=["ps64_*", "ps80_bare"]), quick=False).experiment()
     assert "ps80_bare" in experiment.labels
     assert all(x.startswith("ps64_") or x == "ps80_bare" for x in experiment.labels)
     with pytest.raises(ConfigError, match="no run is called"):
-        family_experiment("x", Family(experiment="ks_scores.yaml", runs=["fv_*", "zz*"]), quick=False)
+        FamilyPlan("x", Family(experiment="ks_scores.yaml", runs=["fv_*", "zz*"]), quick=False)
+
+
+def test_families_are_chosen_by_name():
+    spec, _ = read_bench("speed")
+    assert list(taking_part(spec, quick=False, only=["mixing_layer"])) == ["mixing_layer"]
+    assert set(taking_part(spec, quick=True)) < set(taking_part(spec, quick=False))
+    with pytest.raises(ConfigError, match="did you mean 'kolmogorov'"):
+        taking_part(spec, quick=False, only=["kolmogorow"])
+
+
+def test_ladders_scale_the_grid_and_the_step():
+    family = Family(experiment="mixing_layer_scores.yaml", runs=["mc32", "learned_*"], ladders={"mc32": [48]})
+    experiment = FamilyPlan("x", family, quick=False).experiment()
+    assert experiment.spec.runs["mc32_48"].shape == [48, 72]
+    assert experiment.spec.runs["mc32_48"].dt == pytest.approx(experiment.spec.runs["mc32"].dt / 1.5)
+    assert experiment.spec.runs["mc32_48"].solver == experiment.spec.runs["mc32"].solver
