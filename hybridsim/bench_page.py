@@ -51,12 +51,6 @@ def shown_gain(gain: Record | None) -> str:
     return "–" if gain is None else f"{gain['bound']} {gain['value']:.2f}".strip()
 
 
-def shown_break_even(found: Record | None) -> str:
-    if found is None:
-        return "–"
-    return "never" if found["unit_times"] is None else f"{found['unit_times']:.2g} unit times"
-
-
 def shown_limit(found: Record | None) -> str:
     if found is None:
         return "–"
@@ -103,10 +97,8 @@ def overview(results: Mapping[str, Record]) -> Table:
                     NAMES[metric],
                     shown_ratio(best),
                     "–" if best is None else best["method"],
-                    shown_ratio(claims.get("long")),
                     shown_ratio(claims["same"]),
                     shown_gain(claims["resolution_gain"]),
-                    shown_break_even(entry["break_even"]),
                     shown_limit(entry["of_limit"]),
                     outcome_of(entry["verdict"]),
                 ]
@@ -116,10 +108,8 @@ def overview(results: Mapping[str, Record]) -> Table:
         "equal",
         "speed-up over the best classical run",
         "cheapest there",
-        "with steps that last the long run",
         "over its own discretisation",
         "points per axis",
-        "break-even",
         "of the predictability limit",
         "verdict",
     ]

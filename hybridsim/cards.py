@@ -444,7 +444,13 @@ def card_text(card: Mapping[str, Any], name: str) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def write_card(name: str, folders: Sequence[Path], out: Path | None = None) -> tuple[Path, Path]:
+def _merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """New entries in the place of old ones of their title, the others after them."""
+    by_title = {entry["title"]: entry for entry in old} | {entry["title"]: entry for entry in new}
+    return list(by_title.values())
+
+
+def write_card(name: str, folders: Sequence[Path], out: Path | None = None, *, add: bool = False) -> tuple[Path, Path]:
     """`NAME.json` and `NAME.md` beside the weights, or in `out`: the record of the training, with the evidence of `folders`.
 
     **Arguments:**
@@ -453,6 +459,8 @@ def write_card(name: str, folders: Sequence[Path], out: Path | None = None) -> t
     - `folders`: of finished runs and sweeps. The first run with the closure gives the scores; further runs are long runs, sweeps
       are tables of where it holds.
     - `out`: another folder for the two files.
+    - `add`: the card keeps its scores and what else it shows; the folders are further long runs and sweeps, in the place of those
+      of the same title.
 
     Raises `ConfigError` (one sentence) where something does not fit.
     """
@@ -463,11 +471,18 @@ def write_card(name: str, folders: Sequence[Path], out: Path | None = None) -> t
     card, stem = storage.read_json(record), weights.stem
     found = [read_folder(folder) for folder in folders]
     runs = [f for f in found if isinstance(f, Evidence)]
-    if not runs:
-        raise ConfigError(f"{stem}: a card needs the folder of at least one finished run with the closure and its rivals")
-    card["scores"] = scores_of(runs[0], stem)
-    card["away"] = [f for f in found if not isinstance(f, Evidence)]
-    card["long_runs"] = [long_run_of(f, stem) for f in runs[1:]]
+    away = [f for f in found if not isinstance(f, Evidence)]
+    if add:
+        if "scores" not in card:
+            raise ConfigError(f"{stem}: there is no card yet that something could be added to; leave out --add")
+        card["away"] = _merged(card.get("away", []), away)
+        card["long_runs"] = _merged(card.get("long_runs", []), [long_run_of(f, stem) for f in runs])
+    else:
+        if not runs:
+            raise ConfigError(f"{stem}: a card needs the folder of at least one finished run with the closure and its rivals")
+        card["scores"] = scores_of(runs[0], stem)
+        card["away"] = away
+        card["long_runs"] = [long_run_of(f, stem) for f in runs[1:]]
     folder = weights.parent if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{stem}.json", folder / f"{stem}.md"

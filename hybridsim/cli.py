@@ -276,6 +276,9 @@ def card(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the card (default: that of the weights).")
     ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep the card's scores; the folders are further long runs and sweeps.")
+    ] = False,
 ) -> None:
     """Write a closure's card: its training, its scores beside its rivals, and where it holds."""
 
@@ -283,7 +286,7 @@ def card(
         _start_jax()
         from hybridsim.cards import write_card
 
-        for path in write_card(name, folders, out):
+        for path in write_card(name, folders, out, add=add):
             typer.echo(f"written: {path}")
         return 0
 

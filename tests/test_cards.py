@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,11 +162,23 @@ def test_a_card_from_the_first_training_to_the_last_table(tmp_path, monkeypatch)
     assert hybridsim("card", "trained/mine.safetensors", "scores", "away", "scores", "--out", "cards").exit_code == 0
     assert (tmp_path / "cards" / "mine.md").read_bytes() == before
 
+    # evidence that comes later takes the place of what it replaces, and leaves the scores as they are
+    assert hybridsim("card", "trained/mine.safetensors", "away", "--add").exit_code == 2
+    shutil.copy(tmp_path / "cards" / "mine.json", tmp_path / "trained" / "mine.json")
+    assert hybridsim("card", "trained/mine.safetensors", "away", "scores", "--add").exit_code == 0
+    assert (tmp_path / "trained" / "mine.md").read_bytes() == before
+    renamed = json.loads((tmp_path / "away" / "sweep.json").read_text()) | {"title": "Far away"}
+    (tmp_path / "away" / "sweep.json").write_text(json.dumps(renamed))
+    assert hybridsim("card", "trained/mine.safetensors", "away", "--add").exit_code == 0
+    text = (tmp_path / "trained" / "mine.md").read_text()
+    assert "## Away from its training\n" in text
+    assert "## Far away\n" in text
+
     for arguments, sentence in (
         (("ks_ps46", "scores"), "ks_ps46: no weights of that name are shipped; did you mean 'ks_ps64'?"),
         (("nowhere.safetensors", "scores"), "nowhere.safetensors: there is no such file"),
         (("trained/mine.safetensors", "trained"), "trained: neither a finished run"),
-        (("trained/mine.safetensors", "away"), "mine: a card needs the folder of at least one finished run"),
+        (("trained/mine.safetensors", "away", "--out", "other"), "mine: a card needs the folder of at least one finished run"),
         (("ks_ps64", "scores"), "scores: no run there has the weights 'ks_ps64'"),
         (("trained/mine-seed0.safetensors", "scores"), "trained/mine-seed0.json: the record"),
     ):
