@@ -139,7 +139,7 @@ def lasts(experiment: "Experiment", label: str, steps: int, starts: np.ndarray, 
     interval = experiment.spec.time.end / experiment.spec.time.frames
     frames = math.ceil(time / interval * (1 - 1e-9))
     good = advance(experiment, label, steps, starts, frames, lambda u: bool(np.isfinite(u).all()))
-    return min(time, good * interval)
+    return time if good == frames else good * interval
 
 
 class _Stop(Exception):
