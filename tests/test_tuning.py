@@ -102,11 +102,11 @@ def test_a_trial_is_the_run_itself(waves, label):
 def test_a_long_run_that_lasts_is_as_long_as_was_asked(waves):
     """Also where the time is no whole number of frame intervals in floating point."""
     data, path, shipped = read_experiment("ks_scores.yaml")
-    data |= {"runs": {"bare": {"solver": "spectral", "shape": [32], "dt": 0.2}}, "checks": {}}
+    data |= {"runs": {"bare": {"solver": "spectral", "shape": [64], "dt": 0.2}}, "checks": {}}
     data["time"] = {"end": 5.6, "frames": 28, "statistics_from": 2}
     experiment = experiment_from(data, path, shipped)
     for time in (5.6, 6.0, 7.3):
-        assert lasts(experiment, "bare", 1, np.zeros((1, 1, 32)), time) == time
+        assert lasts(experiment, "bare", 1, np.zeros((1, 1, 64)), time) == time
 
 
 def test_a_step_that_is_too_large_is_noticed(waves):
