@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from hybridsim import storage
@@ -255,3 +256,30 @@ def test_ladders_scale_the_grid_and_the_step():
     assert experiment.spec.runs["mc32_48"].shape == [48, 72]
     assert experiment.spec.runs["mc32_48"].dt == pytest.approx(experiment.spec.runs["mc32"].dt / 1.5)
     assert experiment.spec.runs["mc32_48"].solver == experiment.spec.runs["mc32"].solver
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_on_a_tiny_case(tmp_path, x64):
+    """The shipped file for GPUs, on this processor: fewer runs, a coarse truth, a short window."""
+    spec = yaml.safe_load(shipped_benches()["speed_gpu"].read_text())
+    family = spec["families"]["kolmogorov"]
+    family |= {"runs": ["ps32_bare", "ps32_learned_0", "ps36"], "ladders": {"ps36": [40]}, "long": 2}
+    family["limit"] = {"shape": [48, 48], "end": 1}
+    family["change"] |= {
+        "samples.count": 2,
+        "time.end": 1.0,
+        "time.frames": 5,
+        "time.statistics_from": 0.4,
+        "reference.shape": [64, 64],
+        "reference.precision": "float32",
+        "initial.warm_up": 2,
+        "initial.warm_up_shape": [64, 64],
+    }
+    spec |= {"families": {"kolmogorov": family}, "rounds": 3, "resamples": 20}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec))
+    result = bench(tmp_path / "tiny.yaml", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())["families"]["kolmogorov"]
+    assert set(found["closures"]) == {"kolmogorov_ps32"}
+    assert {"ps32_bare", "ps36", "ps36_40"} <= {r["label"] for r in found["rungs"]}
+    assert all(r["throughput"] > 0 for r in found["rungs"])
