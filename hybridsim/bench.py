@@ -38,7 +38,7 @@ from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError
 from hybridsim.sections import Bench, Family, explain
 from hybridsim.signals import STOP
-from hybridsim.tuning import Tuned, fewest_lasting, fewest_steps, frames_of_trial, lasts
+from hybridsim.tuning import fewest_lasting, fewest_steps, frames_of_trial, lasts
 from hybridsim.turns import in_turn
 from hybridsim.yaml_reader import ConfigError, parse_yaml, suggestion
 
@@ -142,20 +142,39 @@ class FamilyPlan:
                 rung.pop("title", None)
                 self.runs[f"{label}_{n}"] = rung
 
+    def step_with(self, label: str, steps: int, interval: float) -> None:
+        """Gives a run so many solver steps per frame; what a closure holds is held for as long as before."""
+        run = self.runs[label]
+        held = int(run.get("substeps", 1))
+        if held > 1:
+            part = round(held * steps / (interval / run["dt"]))
+            for correction in run.get("corrections", []):
+                if correction.get("evaluate") == held:
+                    correction["evaluate"] = part
+            run["substeps"] = part
+        for key in ("cfl", "adaptive"):
+            run.pop(key, None)
+        run["dt"] = interval / steps
+
     def with_steps(self, tuned: Mapping[str, Record], interval: float) -> None:
-        """Gives every rung the time steps that were found; a second run where the long-run rule asks for another."""
+        """Gives every run the time steps that were found; a second run where the long-run rule asks for another."""
         for label, found in tuned.items():
-            run = self.runs[label]
             if found["steps"] is None:
                 del self.runs[label]
                 continue
-            for key in ("cfl", "adaptive"):
-                run.pop(key, None)
-            run["may_diverge"] = True
-            run["dt"] = interval / found["steps"]
             second = found["labels"].get("long")
             if second is not None and second != label:
-                self.runs[second] = {**copy.deepcopy(run), "dt": interval / found["long_steps"]}
+                self.runs[second] = {**copy.deepcopy(self.runs[label]), "may_diverge": True}
+                self.step_with(second, found["long_steps"], interval)
+            self.runs[label]["may_diverge"] = True
+            self.step_with(label, found["steps"], interval)
+
+    def variant(self, label: str, steps: int, interval: float) -> Experiment:
+        """The experiment with so many steps per frame in one run."""
+        plan = copy.copy(self)
+        plan.data = copy.deepcopy(self.data)
+        plan.step_with(label, steps, interval)
+        return plan.experiment()
 
     def add_titles(self) -> None:
         """A title for every run that has none: its method and grid, its training seed."""
@@ -172,17 +191,25 @@ class FamilyPlan:
 
 
 def tune_family(plan: FamilyPlan, folder: Path, resume: bool, say: Reporter) -> dict[str, Record]:
-    """label → what was tried for every classical run, and the labels that stand for it by each rule; kept in `tuning.json`."""
+    """label → what was tried for every run, and the labels that stand for it by each rule; kept in `tuning.json`.
+
+    Training seeds of one closure share a time step, that of the seed which bears the least.
+    """
+    if not plan.tune:
+        return {}
     experiment = plan.experiment()
     file = folder / "tuning.json"
-    kept: Record = {}
-    if resume and file.exists() and (old := storage.read_json(file))["config_hash"] == experiment.config_hash:
-        kept = old["rungs"]
-    classical = [label for label, run in experiment.spec.runs.items() if closure_of(run) is None] if plan.tune else []
-    learned = [label for label in experiment.labels if closure_of(experiment.spec.runs[label])] if plan.long else []
-    asked = [*classical, *learned]
-    if all(label in kept for label in asked):
-        return {label: kept[label] for label in asked}
+    known: Record = storage.read_json(file)["rungs"] if resume and file.exists() else {}
+    keys = {label: _rung_key(experiment, label, plan.long) for label in experiment.labels}
+    kept = {label: known[label] for label in experiment.labels if known.get(label, {}).get("key") == keys[label]}
+    if len(kept) < len(keys):
+        _tune(plan, experiment, keys, kept, file, say)
+        kept = storage.read_json(file)["rungs"]
+    return _shared(kept, experiment, plan.long is not None)
+
+
+def _tune(plan: FamilyPlan, experiment: Experiment, keys: Record, kept: Record, file: Path, say: Reporter) -> None:
+    """Tries the time steps of every run that is not `kept` yet."""
 
     def progress(what: str, part: float) -> None:
         say.progress(f"{plan.name}: {what}", part)
@@ -194,51 +221,88 @@ def tune_family(plan: FamilyPlan, folder: Path, resume: bool, say: Reporter) -> 
     coarsest, at = coarsest_grid(experiment), stated_time(experiment)
     interval = experiment.spec.time.end / experiment.spec.time.frames
     draw = np.arange(experiment.spec.samples.count)
-    for i, label in enumerate(asked):
+    for i, label in enumerate(experiment.labels):
         if label in kept:
             continue
         group = group_name(experiment, label)
         starts = reference.groups[group][:, 0]
         measure = _measure(truths[group])
+        # held outputs are held for as long as before, so that only the steps in between can be fewer
+        held = experiment.spec.runs[label].substeps
+        given = round(interval / model_from(experiment, label, starts).dt)
+        blocks = given // held if held > 1 else 1
 
-        def accuracy(steps: int, label=label, group=group, starts=starts, measure=measure) -> float:
+        def accuracy(n: int, label=label, group=group, starts=starts, measure=measure, blocks=blocks) -> float:
             STOP.check()
-            frames = frames_of_trial(experiment, label, steps, starts)
+            variant = plan.variant(label, n * blocks, interval)
+            frames = frames_of_trial(variant, label, n * blocks, starts)
             if frames is None:
                 return math.nan
-            model = experiment.model_for(label, dt=interval / steps)
+            model = variant.model_for(label)
             ledger = np.zeros((*frames.shape[:2], len(model.solver.ledger_rows)))
-            ds = diagnosed(experiment, Result(label, model, frames, ledger), reference, truths[group], {})
+            ds = diagnosed(variant, Result(label, model, frames, ledger), reference, truths[group], {})
             found = accuracy_of(measure, ds, truths[group], coarsest, at)
             assert found is not None
             return found(draw)
 
-        def lasted(steps: int, label=label, starts=starts) -> float:
+        def lasted(n: int, label=label, starts=starts, blocks=blocks) -> float:
             STOP.check()
-            return lasts(experiment, label, steps, starts, plan.long or 0.0)
+            return lasts(plan.variant(label, n * blocks, interval), label, n * blocks, starts, plan.long or 0.0)
 
-        given = round(interval / model_from(experiment, label, starts).dt)
-        tunable = label in classical and experiment.spec.runs[label].substeps == 1
-        tuned = fewest_steps(given, accuracy, SCALES[measure]) if tunable else Tuned(given)
+        tuned = fewest_steps(given // blocks, accuracy, SCALES[measure])
         if plan.long is not None:
-            tuned = fewest_lasting(tuned, lasted, plan.long) if tunable else Tuned(given, None, {}, {given: lasted(given)})
-            if not tunable and tuned.lasted[given] >= plan.long:
-                tuned.long_steps = given
+            tuned = fewest_lasting(tuned, lasted, plan.long)
         kept[label] = {
+            "key": keys[label],
             "measure": measure,
             "given": given,
-            "steps": tuned.steps,
-            "long_steps": tuned.long_steps,
-            "labels": _labels(label, tuned, plan.long is not None),
+            "steps": None if tuned.steps is None else tuned.steps * blocks,
+            "long_steps": None if tuned.long_steps is None else tuned.long_steps * blocks,
             "trials": [
-                {"dt": interval / n, "value": value, "lost": math.isnan(value)} for n, value in sorted(tuned.accuracy.items())
+                {"dt": interval / (n * blocks), "value": value, "lost": math.isnan(value)}
+                for n, value in sorted(tuned.accuracy.items())
             ],
-            "lasted": {str(n): t for n, t in tuned.lasted.items()},
+            "lasted": {str(n * blocks): t for n, t in tuned.lasted.items()},
         }
-        storage.write_json(file, {"config_hash": experiment.config_hash, "rungs": kept})
-        say.progress(f"{plan.name}: time steps", (i + 1) / len(asked))
-        say.line(f"{plan.name}, {label}: {_tuned_sentence(tuned, given, interval, plan.long)}")
-    return {label: storage.read_json(file)["rungs"][label] for label in asked}
+        storage.write_json(file, {"rungs": kept})
+        say.progress(f"{plan.name}: time steps", (i + 1) / len(experiment.labels))
+        say.line(f"{plan.name}, {label}: {_tuned_sentence(kept[label], interval, plan.long)}")
+
+
+def _rung_key(experiment: Experiment, label: str, long: float | None) -> str:
+    """A digest of everything that decides which time steps a run bears: other runs may come and go."""
+    resolved = experiment.resolved
+    shared = {k: v for k, v in resolved.items() if k not in ("name", "title", "runs", "checks", "train", "sweep")}
+    run = {k: v for k, v in resolved["runs"][label].items() if k not in ("title", "may_diverge")}
+    coarsest = coarsest_grid(experiment)
+    recipe = {"shared": shared, "run": run, "long": long, "shells": [list(coarsest.shape), list(coarsest.lengths)]}
+    learned = closure_of(experiment.spec.runs[label]) is not None
+    files = {name: digest for name, digest in experiment.files.items() if learned or name.endswith(".py")}
+    return storage.recipe_hash(recipe | {"files": files}, experiment.dtype(label))
+
+
+def _shared(rungs: Record, experiment: Experiment, long: bool) -> Record:
+    """The rungs with their labels by each rule, and one time step for all training seeds of a closure."""
+    found = {label: dict(rung) for label, rung in rungs.items()}
+    seeds: dict[str, list[str]] = {}
+    for label in experiment.labels:
+        if closure := closure_of(experiment.spec.runs[label]):
+            seeds.setdefault(closure, []).append(label)
+    for labels in seeds.values():
+        steps = [found[label]["steps"] for label in labels]
+        lasting = [found[label]["long_steps"] for label in labels]
+        for label in labels:
+            if found[label]["steps"] is not None:
+                found[label]["steps"] = max(n for n in steps if n is not None)
+                found[label]["long_steps"] = None if None in lasting else max(*lasting, found[label]["steps"])
+    for label, rung in found.items():
+        rung["labels"] = _labels(label, rung, long)
+        # with smaller steps than those that were tried it lasts as long
+        for n in (rung["steps"], rung["long_steps"]):
+            shorter = [t for steps, t in rung["lasted"].items() if n is not None and int(steps) <= n]
+            if shorter:
+                rung["lasted"] = {str(n): max(shorter)} | rung["lasted"]
+    return found
 
 
 def _measure(truth: Any) -> str:
@@ -248,25 +312,26 @@ def _measure(truth: Any) -> str:
     return "error" if "total_energy" in truth else "t95"
 
 
-def _labels(label: str, tuned: Tuned, long: bool) -> dict[str, str]:
+def _labels(label: str, rung: Record, long: bool) -> dict[str, str]:
     """Rule of time steps → the run that stands for the rung by it."""
-    if tuned.steps is None:
+    if rung["steps"] is None:
         return {}
     labels = {"accuracy": label}
-    if long and tuned.long_steps is not None:
-        labels["long"] = label if tuned.long_steps == tuned.steps else f"{label}_long"
+    if long and rung["long_steps"] is not None:
+        labels["long"] = label if rung["long_steps"] == rung["steps"] else f"{label}_long"
     return labels
 
 
-def _tuned_sentence(tuned: Tuned, given: int, interval: float, long: float | None) -> str:
-    if tuned.steps is None:
+def _tuned_sentence(rung: Record, interval: float, long: float | None) -> str:
+    steps, lasting, given = rung["steps"], rung["long_steps"], rung["given"]
+    if steps is None:
         return "unstable with all time steps tried"
-    words = f"Δt {interval / tuned.steps:.4g}" + (f" (given {interval / given:.4g})" if given != tuned.steps else "")
+    words = f"Δt {interval / steps:.4g}" + (f" (given {interval / given:.4g})" if given != steps else "")
     if long is None:
         return words
-    if tuned.long_steps is None:
+    if lasting is None:
         return f"{words}; no time step tried lasts until t = {long:g}"
-    return words if tuned.long_steps == tuned.steps else f"{words}; lasts until t = {long:g} with {interval / tuned.long_steps:.4g}"
+    return words if lasting == steps else f"{words}; lasts until t = {long:g} with {interval / lasting:.4g}"
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------------------

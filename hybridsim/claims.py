@@ -252,15 +252,20 @@ def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, ev
         }
         for kind in costs
     }
+    by_rule = {rule: [r for r in rungs if rule in r["rules"]] for rule in RULES if rule == "accuracy" or evidence["long"]}
     for closure in dict.fromkeys(r["closure"] for r in rungs if r["closure"]):
-        mine = [r for r in rungs if r["closure"] == closure]
-        by_rule = {rule: [r for r in rungs if rule in r["rules"]] for rule in RULES if rule == "accuracy" or evidence["long"]}
+        mine = [r for r in by_rule["accuracy"] if r["closure"] == closure]
+        if not mine:
+            continue
         entry: Record = {"runs": [r["label"] for r in mine], "kind": mine[0]["kind"], "measures": {}}
         for measure in measures:
             claims = _claims(mine, by_rule["accuracy"], measured["seconds"], measure, samples, resamples)
             claims["throughput"] = _over_best(mine, by_rule["accuracy"], measured["batch"], measure, samples, resamples)
             if "long" in by_rule:
-                claims["long"] = _over_best(mine, by_rule["long"], measured["seconds"], measure, samples, resamples)
+                lasting = [r for r in by_rule["long"] if r["closure"] == closure]
+                claims["long"] = _over_best(lasting, by_rule["long"], measured["seconds"], measure, samples, resamples)
+                same = [r for r in by_rule["long"] if r["discretisation"] == mine[0]["discretisation"]]
+                claims["long_same"] = _over_best(lasting, same, measured["seconds"], measure, samples, resamples)
             entry["measures"][measure] = claims
         entry["verdict"] = entry["measures"][primary]["verdict"]
         entry["break_even"] = _break_even(experiment, mine, entry["measures"][primary], evidence["data_seconds"].get(closure))

@@ -107,9 +107,11 @@ def test_rivals_take_the_largest_steps_that_keep_their_accuracy(finished):
         for dt, trial in trials.items():
             assert dt <= chosen or trial["lost"] or trial["value"] < 0.98 * best
         assert "accuracy" in rungs[label]["rules"]
-        assert rungs[tuning[label]["labels"]["long"]]["lasted"] == 40
-    # a closure keeps its step, and is asked whether it lasts
-    assert rungs["ps64_learned_0"]["dt"] == 0.5
+        lasting = label if tuning[label]["long_steps"] == tuning[label]["steps"] else f"{label}_long"
+        assert "long" in rungs[lasting]["rules"]
+        assert rungs[lasting]["lasted"] == 40
+    # closures too; all seeds of one with the same step
+    assert rungs["ps64_learned_0"]["dt"] == rungs["ps64_learned_1"]["dt"]
     assert rungs["ps64_learned_0"]["lasted"] == 40
 
 
@@ -248,6 +250,19 @@ def test_families_are_chosen_by_name():
     assert set(taking_part(spec, quick=True)) < set(taking_part(spec, quick=False))
     with pytest.raises(ConfigError, match="did you mean 'kolmogorov'"):
         taking_part(spec, quick=False, only=["kolmogorow"])
+
+
+def test_what_is_held_is_held_for_as_long_whatever_the_step():
+    plan = FamilyPlan("x", Family(experiment="kolmogorov_scores.yaml", runs=["ps40*", "fv64_learned_0"]), quick=False)
+    # 0.1 between two evaluations: five steps of 0.02, or three of 0.0333
+    experiment = plan.variant("fv64_learned_0", 6, 0.2)
+    run = experiment.spec.runs["fv64_learned_0"]
+    assert (run.substeps, run.corrections[0].evaluate) == (3, 3)
+    assert run.dt == pytest.approx(0.2 / 6)
+    assert experiment.model_for("fv64_learned_0").step_time == pytest.approx(0.1)
+    assert plan.runs["fv64_learned_0"]["substeps"] == 5
+    run = plan.variant("ps40_smagorinsky", 4, 0.2).spec.runs["ps40_smagorinsky"]
+    assert (run.substeps, run.corrections[0].evaluate) == (4, 4)
 
 
 def test_ladders_scale_the_grid_and_the_step():
