@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridsim.fronts import Scale
+from hybridsim.signals import STOP
 
 if TYPE_CHECKING:
     from hybridsim.config import Experiment
@@ -169,6 +170,7 @@ def advance(
         keys = jax.random.split(jax.random.key(experiment.spec.samples.seed), len(starts))
         watch(np.asarray(u))
         for frame in stretch(model, u, keys, steps // model.substeps, frames):
+            STOP.check()
             if not watch(frame):
                 break
             good += 1
@@ -176,6 +178,7 @@ def advance(
 
     def look(frame: int, q: Any) -> None:
         nonlocal good
+        STOP.check()
         if not watch(np.asarray(q)):
             raise _Stop
         good = frame
