@@ -371,7 +371,8 @@ def _long_lines(found: Mapping[str, Any]) -> list[str]:
     ended = "; ".join(sorted({f"{label}: {r['outcome']}" for label, r in runs.items()}))
     box = f"Box {' × '.join(f'{x:g}' for x in found['lengths'])}; " if found.get("lengths") else ""
     lines = [f"{box}{found['samples']} starts, {steps:,} steps each ({found['name']}). {ended}."]
-    names = list(next(iter(runs.values()))["statistics"]) if runs else []
+    # the mean of dE/dt is the difference of two frames, or nothing
+    names = [name for name in next(iter(runs.values()))["statistics"] if name != "energy_rate"] if runs else []
     rows = []
     for name in names:
         first = next(iter(runs.values()))["statistics"][name]
