@@ -446,9 +446,12 @@ def card_text(card: Mapping[str, Any], name: str) -> str:
 
 
 def _merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """New entries in the place of old ones of their title, the others after them."""
-    by_title = {entry["title"]: entry for entry in old} | {entry["title"]: entry for entry in new}
-    return list(by_title.values())
+    """New entries in the place of old ones of their title and box, the others after them."""
+
+    def key(entry: Mapping[str, Any]) -> tuple[str, str]:
+        return entry["title"], str(entry.get("lengths"))
+
+    return list(({key(entry): entry for entry in old} | {key(entry): entry for entry in new}).values())
 
 
 def write_card(name: str, folders: Sequence[Path], out: Path | None = None, *, add: bool = False) -> tuple[Path, Path]:
