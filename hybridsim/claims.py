@@ -28,6 +28,7 @@ from hybridsim.fronts import (
     break_even,
     cheapest,
     cost_on,
+    remembered,
     speedup,
     verdict,
     worth,
@@ -175,13 +176,12 @@ def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, ev
     primary = summary["runs"][labels[0]]["accuracy"]["metric"]
     samples = int(experiment.spec.samples.count)
     measures = measures_of(primary, list(datasets.values()), experiment.spec.compare.at is not None)
-    accuracies = {
-        measure: {
-            label: accuracy_of(measure, datasets[label], truths[datasets[label].attrs["reference_group"]], coarsest, at)
-            for label in labels
-        }
-        for measure in measures
-    }
+    accuracies: dict[str, dict[str, Accuracy | None]] = {measure: {} for measure in measures}
+    for measure in measures:
+        for label in labels:
+            truth = truths[datasets[label].attrs["reference_group"]]
+            accuracy = accuracy_of(measure, datasets[label], truth, coarsest, at)
+            accuracies[measure][label] = None if accuracy is None else remembered(accuracy)
     rungs = []
     for label in labels:
         seconds, batch = np.array(timings[label]["seconds"]), np.array(timings[label]["batch"])

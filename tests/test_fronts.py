@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridsim.fronts import Cost, Interval, Measured, Speedup, cheapest, cost_on, speedup, undominated, verdict, worth
+from hybridsim.fronts import Cost, Interval, Measured, Speedup, cheapest, cost_on, remembered, speedup, undominated, verdict, worth
 
 SAMPLES = 8
 
@@ -122,6 +122,19 @@ def test_starts_are_drawn_together():
     found = speedup([spread("h", "closure", 22**-2.0 * alone, rounds * 22**3 / 3)], rivals, SAMPLES, "shrinking", resamples=200)
     assert found is not None
     assert found.interval.high > 1.3 * found.interval.low
+
+
+def test_each_draw_is_computed_once():
+    asked = []
+
+    def accuracy(draw):
+        asked.append(draw)
+        return float(np.mean(draw))
+
+    once = remembered(accuracy)
+    assert once(np.array([0, 1, 1])) == once(np.array([1, 0, 1])) == pytest.approx(2 / 3)
+    assert once(np.array([0, 0, 1])) == pytest.approx(1 / 3)
+    assert len(asked) == 2
 
 
 def test_noise_of_the_clock_is_in_the_interval():
