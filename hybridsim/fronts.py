@@ -144,21 +144,21 @@ class Speedup(NamedTuple):
 BOUND = {"": "", "at most": "at most", "more than": "at least"}
 
 
-def _ratio(
-    hybrid: Measured,
-    ladders: Mapping[str, Sequence[Measured]],
-    starts: np.ndarray,
-    rounds: np.ndarray,
-    scale: Scale,
-) -> tuple[float, str, str] | None:
+Rungs = Mapping[str, Sequence[tuple[float, float]]]
+"""Method → the (worth, cost) of its rungs, for one draw of starts and rounds."""
+
+
+def _rungs(ladders: Mapping[str, Sequence[Measured]], starts: np.ndarray, rounds: np.ndarray, scale: Scale) -> Rungs:
+    runs = [run for ladder in ladders.values() for run in ladder]
+    costs = iter(np.median(np.stack([run.costs for run in runs])[:, rounds], axis=1).tolist()) if runs else iter(())
+    return {method: [(worth(run.accuracy(starts), scale), next(costs)) for run in ladder] for method, ladder in ladders.items()}
+
+
+def _ratio(hybrid: Measured, rungs: Rungs, starts: np.ndarray, rounds: np.ndarray, scale: Scale) -> tuple[float, str, str] | None:
     """(rivals' cost over the hybrid's, method, bound) for one draw of starts and rounds."""
     wanted = worth(hybrid.accuracy(starts), scale)
     if math.isnan(wanted):
         return None
-    rungs = {
-        method: [(worth(run.accuracy(starts), scale), float(np.median(run.costs[rounds]))) for run in runs]
-        for method, runs in ladders.items()
-    }
     found = cheapest({method: cost_on(ladder, wanted) for method, ladder in rungs.items()})
     if found is None:
         return None
@@ -186,7 +186,8 @@ def speedup(
         ladders.setdefault(run.method, []).append(run)
     rounds = len(hybrids[0].costs)
     whole = np.arange(samples), np.arange(rounds)
-    central = [_ratio(hybrid, ladders, *whole, scale) for hybrid in hybrids]
+    all_rungs = _rungs(ladders, *whole, scale)
+    central = [_ratio(hybrid, all_rungs, *whole, scale) for hybrid in hybrids]
     if any(row is None for row in central):
         return None
     # the same starts whatever else is drawn, so that what they give need be found only once
@@ -195,7 +196,8 @@ def speedup(
     values, winners = [], []
     for starts in draws:
         turn = random.integers(rounds, size=rounds)
-        drawn = [_ratio(hybrids[i], ladders, starts, turn, scale) for i in random.integers(len(hybrids), size=len(hybrids))]
+        rungs = _rungs(ladders, starts, turn, scale)
+        drawn = [_ratio(hybrids[i], rungs, starts, turn, scale) for i in random.integers(len(hybrids), size=len(hybrids))]
         good = [row for row in drawn if row is not None]
         if good:
             values.append(math.exp(float(np.mean([math.log(row[0]) for row in good]))))
