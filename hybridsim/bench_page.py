@@ -318,7 +318,7 @@ def series_figure(found: Record, series: "xr.Dataset") -> Any:
 
     from hybridsim.report import LIMIT, PALETTE, REFERENCE_COLOUR
 
-    figure = Figure(figsize=(8.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     ax = figure.subplots()
     gas = found["metric"] in ("error", "temperature_error")
     name = "error" if gas else "correlation"
@@ -365,7 +365,7 @@ def series_figure(found: Record, series: "xr.Dataset") -> Any:
         ax.set_ylim(top=1.01)
     ax.set_xlabel("time")
     ax.set_ylabel("error (mean over starts)" if gas else "correlation with the truth (mean over starts)")
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7.5)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
     return figure
 
 
