@@ -750,7 +750,9 @@ def spacetime_figure(folder: Folder) -> "Figure | None":
         figure.text(x, middle - 0.04 / height, textwrap.fill(_plain(detail), 22), ha="right", va="top", fontsize=7.5)
         axes = figure.add_axes((left / width, y / height, wide / width, tall / height))
         times = np.asarray(u["time"], dtype=np.float64)
-        extent = (float(times[0]), float(times[-1]), 0.0, length)
+        # a window in which a single frame lies
+        last = float(times[-1]) if times[-1] > times[0] else float(times[0]) + span
+        extent = (float(times[0]), last, 0.0, length)
         values = np.ma.masked_invalid(np.asarray(u, dtype=np.float64))
         image = axes.imshow(values, origin="lower", extent=extent, aspect="auto", interpolation="none", **scale)
         axes.set(facecolor="#eceef1", yticks=[0, length])
