@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridsim.fronts import Cost, Interval, Measured, Speedup, cheapest, cost_on, remembered, speedup, undominated, verdict, worth
@@ -147,6 +147,7 @@ def test_noise_of_the_clock_is_in_the_interval():
     assert found.interval.low < 1.0 < found.interval.high < 1.7
 
 
+@settings(deadline=None)
 @given(
     rungs=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 100)), min_size=2, max_size=8),
     wanted=st.floats(0.1, 10),

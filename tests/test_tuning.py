@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridsim.config import experiment_from, read_experiment
@@ -12,6 +12,7 @@ from hybridsim.experiment import fine_starts
 from hybridsim.tuning import Tuned, advance, as_good, coarser, fewest_lasting, fewest_steps, finer, frames_of_trial, lasts
 
 
+@settings(deadline=None)
 @given(
     given_steps=st.integers(1, 60),
     order=st.integers(1, 4),
@@ -54,6 +55,7 @@ def test_steps_that_do_not_last_are_shortened_until_they_do():
     assert fewest_lasting(Tuned(None), lambda n: 100.0, 100.0).steps is None
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000))
 def test_neighbours_are_near(n):
     assert n < finer(n) <= max(n + 1, 1.2 * n + 1)
