@@ -363,7 +363,7 @@ SMALL = {
 def test_adaptive_runs_resume_bit_for_bit(label, tmp_path):
     made = experiment_from(json.loads(json.dumps(SMALL)), tmp_path / "small.yaml")
     starts = np.stack([_start("finite_volume" if label == "explicit" else "spectral", seed=s, speed=8.0) for s in range(2)])
-    model = running._model(made, label, starts)
+    model = running.model_from(made, label, starts)
     assert model.courant == (0.4 if label == "explicit" else 0.5)
     assert model.dt == pytest.approx(0.1 if label == "explicit" else 0.05)
     ignore = lambda *_: None  # noqa: E731
@@ -410,7 +410,9 @@ def test_an_adaptive_run_that_blows_up_says_when(tmp_path):
     starts = np.stack([_start("finite_volume", seed=s, speed=speed) for s, speed in enumerate((3.0, 1e-6))])
     (tmp_path / "wild").mkdir()
     ignore = lambda *_: None  # noqa: E731
-    result = running._run_one(made, "wild", running._model(made, "wild", starts), starts, tmp_path / "wild", False, ignore, ignore)
+    result = running._run_one(
+        made, "wild", running.model_from(made, "wild", starts), starts, tmp_path / "wild", False, ignore, ignore
+    )
     assert result.outcome.startswith("diverged at t = 0.")
     assert "1 of 2 samples" in result.outcome
     (found,) = result.blowups

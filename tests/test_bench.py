@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -15,6 +16,8 @@ from hybridsim.config import shipped_benches
 from hybridsim.diagnostics import crossing_time
 from hybridsim.sections import Bench, Family, Run
 from hybridsim.yaml_reader import ConfigError, parse_yaml
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 SMALL = """
 title: A small benchmark
@@ -50,7 +53,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     file = folder / "small.yaml"
     file.write_text(SMALL)
+    before = jax.config.jax_enable_x64
     result = bench(file, "--out", folder / "out")
+    jax.config.update("jax_enable_x64", before)  # the command turns it on, and this is no single test's doing
     assert result.exit_code == 0, result.output
     return file, folder / "out"
 
@@ -274,7 +279,7 @@ def test_ladders_scale_the_grid_and_the_step():
 
 
 @pytest.mark.slow
-def test_the_benchmark_for_gpus_runs_on_a_tiny_case(tmp_path, x64):
+def test_the_benchmark_for_gpus_runs_on_a_tiny_case(tmp_path):
     """The shipped file for GPUs, on this processor: fewer runs, a coarse truth, a short window."""
     spec = yaml.safe_load(shipped_benches()["speed_gpu"].read_text())
     family = spec["families"]["kolmogorov"]
