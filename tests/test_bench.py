@@ -1,6 +1,7 @@
 """`hybridsim bench` from end to end on a small family, and what it refuses."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -124,7 +125,8 @@ def test_the_page_says_what_the_numbers_say(finished):
     _, out = finished
     found = json.loads((out / "bench.json").read_text())["families"]["waves"]
     page, html = (out / "bench.md").read_text(), (out / "bench.html").read_text()
-    for text in (page, html):
+    words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)  # a picture may spell anything
+    for text in (page, words):
         for closure in found["closures"].values():
             assert closure["verdict"] in text
         for rung in found["rungs"]:
