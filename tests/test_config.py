@@ -272,15 +272,17 @@ def test_overrides_reach_everything(folder: Path):
     assert case.equation().forcing is None
 
 
-def test_shipped_experiments_are_valid_from_anywhere(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = config.shipped_experiments()
-    assert "coarse_turbulence" in names
+def test_shipped_experiments_are_found_by_name():
+    assert "coarse_turbulence" in config.shipped_experiments()
     assert load_experiment("ks.yaml").name == "ks"
-    for name in names:
-        loaded = load_experiment(name)
-        assert loaded.name == name
-        assert loaded.spec.train is None or load_experiment(name, for_training=True).name == name
+
+
+@pytest.mark.parametrize("name", config.shipped_experiments())
+def test_a_shipped_experiment_is_valid_from_anywhere(name: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load_experiment(name)
+    assert loaded.name == name
+    assert loaded.spec.train is None or load_experiment(name, for_training=True).name == name
 
 
 def test_a_shipped_experiment_takes_a_closure_from_here(folder: Path, monkeypatch):
