@@ -17,7 +17,6 @@ than an error is read off its own best runs, between two of them on logarithmic 
 guessed.
 """
 
-import contextlib
 import datetime
 import functools
 import importlib
@@ -34,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridsim.compilation import compiler_options, written_anew
+from hybridsim.compilation import compiler_options, setting, written_anew
 from hybridsim.contract import AbstractSolver, AbstractStepper
 from hybridsim.grid import Grid
 from hybridsim.model import Model, Prepared
@@ -412,19 +411,9 @@ LADDER = 2**0.25
 """From one Δt to the next."""
 
 
-@contextlib.contextmanager
-def double_precision() -> Iterator[None]:
-    before = jax.config.values["jax_enable_x64"]
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
 def solved(solver: AbstractSolver, u: np.ndarray, end: float, steps: int) -> np.ndarray:
     """u(T) in double precision, by `ETDRK4`."""
-    with double_precision():
+    with setting("jax_enable_x64", True):
         code = ours(solver, ETDRK4(), jnp.asarray(u, jnp.float64))
         return code.values(Timed(code, jnp.float64)(end / steps, steps)[1])
 
@@ -510,7 +499,7 @@ def finite_volume_contests(quick: bool, dtype: Any) -> Iterator[Contest]:
         found = []
         for n in sizes:
             solver = StaggeredFiniteVolume(_square(n), fine.equation, convection)
-            with double_precision():
+            with setting("jax_enable_x64", True):
                 u, converged = (
                     np.asarray(solver.restrict(jnp.asarray(q, jnp.float64), fine.grid, fine.variables)) for q in (start, answer)
                 )

@@ -18,10 +18,11 @@ import numpy as np
 from hybridsim import storage
 from hybridsim.bench_page import write_results
 from hybridsim.claims import SCALES, Record, accuracy_of, analyse, card_of, closure_of, method_of
-from hybridsim.compilation import without_cache
+from hybridsim.compilation import setting
 from hybridsim.config import Experiment, experiment_from, key_path_of, read_experiment, set_key, shipped_benches
 from hybridsim.experiment import (
     Result,
+    accuracy_metric,
     coarsest_grid,
     compiled_run,
     cost_of,
@@ -36,7 +37,7 @@ from hybridsim.experiment import (
 )
 from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError
-from hybridsim.sections import Bench, Family, explain
+from hybridsim.sections import Bench, Family, Run, explain
 from hybridsim.signals import STOP
 from hybridsim.tuning import fewest_lasting, fewest_steps, frames_of_trial, lasts
 from hybridsim.turns import in_turn
@@ -107,6 +108,37 @@ class FamilyPlan:
     def experiment(self) -> Experiment:
         return experiment_from(self.data, self._path, self._shipped)
 
+    def check(self) -> None:
+        """Everything that can be wrong is found before anything is computed; raises `ConfigError`."""
+        where, experiment = f"families.{self.name}", self.experiment()
+        learned = [closure_of(run) is not None for run in experiment.spec.runs.values()]
+        if all(learned) or not any(learned):
+            raise ConfigError(f"{where}: needs runs with trained weights and runs without, to compare them")
+        for label, run in experiment.spec.runs.items():
+            if self.long is not None and f"{label}_long" in self.runs:
+                raise ConfigError(f"{where}: {label}_long is what {label} is called with the steps that last; give it another name")
+            held = [c.evaluate for c in run.corrections if isinstance(c.evaluate, int) and c.evaluate != run.substeps]
+            if self.tune and held:
+                raise ConfigError(
+                    f"{where}: {label} evaluates a correction every {held[0]} of {run.substeps} substeps, so its time step cannot "
+                    f"be chosen; set substeps to {held[0]}, or tune: false"
+                )
+        if self.limit is not None:
+            self._check_limit(experiment, list(self.limit.shape), f"{where}.limit")
+
+    def _check_limit(self, experiment: Experiment, shape: list[int], where: str) -> None:
+        grid = experiment.reference_solver().grid
+        if not all(grid.periodic):
+            raise ConfigError(f"{where}: what a grid does not hold is told by Fourier modes, so the box must be periodic")
+        if len(shape) != grid.ndim or any(n > most for n, most in zip(shape, grid.shape, strict=False)):
+            raise ConfigError(f"{where}.shape: needs {grid.ndim} numbers, at most those of the reference, {list(grid.shape)}")
+        if experiment.spec.samples.count < 2:
+            raise ConfigError(f"{where}: needs two starts or more; samples.count is 1")
+        for label, run in experiment.spec.runs.items():
+            if closure_of(run) and any(n >= m for n, m in zip(run.shape, shape, strict=True)):
+                raise ConfigError(f"{where}.shape: {shape} is not finer than the grid of {label}, {list(run.shape)}")
+        experiment.solver_for(experiment.spec.reference.solver, shape)
+
     def _add_rivals(self) -> None:
         for label, run in self.family.rivals.items():
             if label in self.runs:
@@ -136,20 +168,21 @@ class FamilyPlan:
                 scaled = [x * n / shape[0] for x in shape]
                 if any(x != round(x) for x in scaled):
                     raise ConfigError(f"{where}.{label}: {n} points along the first axis leave no whole number along the others")
+                if f"{label}_{n}" in self.runs:
+                    raise ConfigError(f"{where}.{label}: there is a run {label}_{n} already")
                 rung = {**copy.deepcopy(template), "shape": [round(x) for x in scaled]}
                 if rung.get("dt") is not None:
                     rung["dt"] = template["dt"] * shape[0] / n
                 rung.pop("title", None)
                 self.runs[f"{label}_{n}"] = rung
 
-    def step_with(self, label: str, steps: int, interval: float) -> None:
-        """Gives a run so many solver steps per frame; what a closure holds is held for as long as before."""
+    def step_with(self, label: str, steps: int, interval: float, blocks: int) -> None:
+        """Gives a run so many solver steps per frame; in a run with substeps they come in `blocks`, over which outputs are held."""
         run = self.runs[label]
-        held = int(run.get("substeps", 1))
-        if held > 1:
-            part = round(held * steps / (interval / run["dt"]))
+        if run.get("substeps", 1) > 1:
+            part = steps // blocks
             for correction in run.get("corrections", []):
-                if correction.get("evaluate") == held:
+                if isinstance(correction.get("evaluate"), int):
                     correction["evaluate"] = part
             run["substeps"] = part
         for key in ("cfl", "adaptive"):
@@ -165,26 +198,23 @@ class FamilyPlan:
             second = found["labels"].get("long")
             if second is not None and second != label:
                 self.runs[second] = {**copy.deepcopy(self.runs[label]), "may_diverge": True}
-                self.step_with(second, found["long_steps"], interval)
+                self.step_with(second, found["long_steps"], interval, found["blocks"])
             self.runs[label]["may_diverge"] = True
-            self.step_with(label, found["steps"], interval)
+            self.step_with(label, found["steps"], interval, found["blocks"])
 
-    def variant(self, label: str, steps: int, interval: float) -> Experiment:
-        """The experiment with so many steps per frame in one run."""
+    def variant(self, label: str, steps: int, interval: float, blocks: int) -> Experiment:
+        """The experiment with so many steps per frame in one run (see `step_with`)."""
         plan = copy.copy(self)
         plan.data = copy.deepcopy(self.data)
-        plan.step_with(label, steps, interval)
+        plan.step_with(label, steps, interval, blocks)
         return plan.experiment()
 
     def add_titles(self) -> None:
-        """A title for every run that has none: its method and grid, its training seed."""
-        from hybridsim.sections import Run
-
+        """A title for every classical run that has none: its method and grid."""
         for data in self.runs.values():
             run = Run.model_validate(data)
-            grid = " × ".join(map(str, run.shape))
-            if run.title is None:
-                data["title"] = f"{method_of(run)} {grid}"
+            if run.title is None and closure_of(run) is None:
+                data["title"] = f"{method_of(run)} {' × '.join(map(str, run.shape))}"
 
 
 # --- time steps ------------------------------------------------------------------------------------------------------------------
@@ -226,7 +256,7 @@ def _tune(plan: FamilyPlan, experiment: Experiment, keys: Record, kept: Record, 
             continue
         group = group_name(experiment, label)
         starts = reference.groups[group][:, 0]
-        measure = _measure(truths[group])
+        measure = accuracy_metric(experiment.solver(label), truths[group])
         # held outputs are held for as long as before, so that only the steps in between can be fewer
         held = experiment.spec.runs[label].substeps
         given = round(interval / model_from(experiment, label, starts).dt)
@@ -234,7 +264,7 @@ def _tune(plan: FamilyPlan, experiment: Experiment, keys: Record, kept: Record, 
 
         def accuracy(n: int, label=label, group=group, starts=starts, measure=measure, blocks=blocks) -> float:
             STOP.check()
-            variant = plan.variant(label, n * blocks, interval)
+            variant = plan.variant(label, n * blocks, interval, blocks)
             frames = frames_of_trial(variant, label, n * blocks, starts)
             if frames is None:
                 return math.nan
@@ -247,7 +277,7 @@ def _tune(plan: FamilyPlan, experiment: Experiment, keys: Record, kept: Record, 
 
         def lasted(n: int, label=label, starts=starts, blocks=blocks) -> float:
             STOP.check()
-            return lasts(plan.variant(label, n * blocks, interval), label, n * blocks, starts, plan.long or 0.0)
+            return lasts(plan.variant(label, n * blocks, interval, blocks), label, n * blocks, starts, plan.long or 0.0)
 
         tuned = fewest_steps(given // blocks, accuracy, SCALES[measure])
         if plan.long is not None:
@@ -256,6 +286,7 @@ def _tune(plan: FamilyPlan, experiment: Experiment, keys: Record, kept: Record, 
             "key": keys[label],
             "measure": measure,
             "given": given,
+            "blocks": blocks,
             "steps": None if tuned.steps is None else tuned.steps * blocks,
             "long_steps": None if tuned.long_steps is None else tuned.long_steps * blocks,
             "trials": [
@@ -305,13 +336,6 @@ def _shared(rungs: Record, experiment: Experiment, long: bool) -> Record:
     return found
 
 
-def _measure(truth: Any) -> str:
-    """What the runs of a family are compared by."""
-    if "mass_per_temperature" in truth:
-        return "temperature_error"
-    return "error" if "total_energy" in truth else "t95"
-
-
 def _labels(label: str, rung: Record, long: bool) -> dict[str, str]:
     """Rule of time steps → the run that stands for the rung by it."""
     if rung["steps"] is None:
@@ -348,7 +372,7 @@ def measure_costs(experiment: Experiment, labels: Sequence[str], folder: Path, r
         ds = storage.open_dataset(folder / f"{label}.nc").isel(time=0)
         starts = np.stack([ds[variable.name].values for variable in experiment.solver(label).variables], axis=1)
         begin = time.perf_counter()
-        with without_cache():
+        with setting("jax_enable_compilation_cache", False):
             programs[label] = compiled_run(experiment, label, starts)
         found[label] = {"memory": programs[label].memory, "compile_seconds": time.perf_counter() - begin}
         batches[label] = compiled_run(experiment, label, starts, alone=False)
@@ -497,12 +521,10 @@ def bench_command(
     """Everything that `hybridsim bench` does; the exit code."""
     bench, stem = read_bench(name)
     plans = {family: FamilyPlan(family, spec, quick) for family, spec in taking_part(bench, quick, only).items()}
-    for family, plan in plans.items():
-        learned = [closure_of(run) is not None for run in plan.experiment().spec.runs.values()]
-        if all(learned) or not any(learned):
-            raise ConfigError(f"families.{family}: needs runs with trained weights and runs without, to compare them")
+    for plan in plans.values():
+        plan.check()
     before = None if against is None else read_results(against)
-    folder = Path("runs") / f"bench_{stem}" if out is None else out
+    folder = Path("runs") / (f"bench_{stem}_quick" if quick else f"bench_{stem}") if out is None else out
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         results: dict[str, Record] = {}
         begin = time.perf_counter()

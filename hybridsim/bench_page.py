@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridsim import storage
-from hybridsim.claims import NAMES, SCALES, Record
+from hybridsim.claims import NAMES, SCALES, Record, worth_of
 from hybridsim.fronts import undominated, worth
 from hybridsim.sections import Bench
 
@@ -176,8 +176,8 @@ def setting(found: Record) -> str:
     else:
         truth = f"a stated fine run: half its resolution agrees until t = {until:.3g} of {reference['window']:g}"
     if change:
-        parts = [f"{100 * v:.1f} % in {k}" for k, v in change.items() if v is not None]
-        truth += f", half its resolution differs by {', '.join(parts)}"
+        parts = [f"{100 * v:.1f} % in {k.replace('_', ' ')}" for k, v in change.items() if v is not None]
+        truth += f"; at t = {found['at']:g} it differs by {', '.join(parts)}"
     return (
         f"{found['title']}. {found['samples']} starts; the truth is {shape} in {reference['precision']} ({truth}). Costs are "
         "medians over rounds in which all runs took turns; from round to round a program varies by "
@@ -336,9 +336,7 @@ def series_figure(found: Record, series: "xr.Dataset") -> Any:
             if r["kind"] == "classical" and r["discretisation"] == rung["discretisation"] and r["shape"] == rung["shape"]
         ]
         if alone:
-            best = max(
-                alone, key=lambda r: worth(math.inf if r[found["metric"]] is None else r[found["metric"]], SCALES[found["metric"]])
-            )
+            best = max(alone, key=lambda r: worth_of(r, found["metric"]))
             values = series[name].sel(run=best["label"]).mean("start").values
             ax.plot(
                 times, values, color=colour, linewidth=1, linestyle="--", label=f"best classical run on its grid: {best['title']}"
@@ -406,16 +404,12 @@ def family_dataset(found: Record, folder: Path) -> "xr.Dataset":
     for measure in found["measures"]:
         values = [np.nan if r[measure] is None else r[measure] for r in found["rungs"]]
         data[measure if measure not in data else f"{measure}_stated"] = ("run", np.array(values), {"long_name": NAMES[measure]})
-    try:
+    if found["reference"]["converged_until"] is not None:
         half = storage.open_dataset(folder / "reference.nc", "convergence")
-        values = (
-            gas.error_of({str(f): half["error"].sel(field=f).values for f in half["field"].values})
-            if "error" in half
-            else half["correlation"].values
-        )
+        values = half["correlation"].values
+        if "error" in half:
+            values = gas.error_of({str(f): half["error"].sel(field=f).values for f in half["field"].values})
         data["half"] = (("start", "time"), values, {"long_name": "the same of the truth at half its resolution", "units": "1"})
-    except storage.StorageError:
-        pass
     coords: dict[str, Any] = {"run": ("run", labels), "time": ("time", runs[0]["time"].values)}
     limit = found["limit"]
     if limit:

@@ -464,7 +464,7 @@ def write_card(name: str, folders: Sequence[Path], out: Path | None = None, *, a
       are tables of where it holds.
     - `out`: another folder for the two files.
     - `add`: the card keeps its scores and what else it shows; the folders are further long runs and sweeps, in the place of those
-      of the same title.
+      of the same title and box.
 
     Raises `ConfigError` (one sentence) where something does not fit.
     """

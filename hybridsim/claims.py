@@ -19,6 +19,7 @@ from hybridsim.config import Experiment
 from hybridsim.contract import Replacement
 from hybridsim.experiment import coarsest_grid, stated_time
 from hybridsim.fronts import (
+    BOUND,
     Accuracy,
     Cost,
     Interval,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 SCALES: dict[str, Scale] = {
     "t95": "growing",
-    "t80": "growing",
     "error": "shrinking",
     "velocity_error": "shrinking",
     "temperature_error": "shrinking",
@@ -51,7 +51,6 @@ SCALES: dict[str, Scale] = {
 
 NAMES = {
     "t95": "t95",
-    "t80": "t80",
     "error": "error",
     "velocity_error": "velocity error",
     "temperature_error": "phase error",
@@ -91,12 +90,11 @@ def _replaces(experiment: Experiment, label: str) -> bool:
 
 def accuracy_of(measure: str, run: "xr.Dataset", truth: "xr.Dataset", coarsest: Any, at: float) -> Accuracy | None:
     """The measure of one run over any draw of its starts; None where the flow has no such thing."""
-    if measure in ("t95", "t80"):
-        level = 0.95 if measure == "t95" else 0.80
+    if measure == "t95":
         times, rho = run["time"].values, run["correlation"].transpose("sample", "time").values
 
         def time_of(draw: np.ndarray) -> float:
-            found, _ = diagnostics.crossing_time(times, np.nan_to_num(rho[draw]).mean(axis=0), level)
+            found, _ = diagnostics.crossing_time(times, np.nan_to_num(rho[draw]).mean(axis=0), 0.95)
             return math.inf if found is None else found
 
         return time_of
@@ -152,7 +150,7 @@ def measures_of(primary: str, datasets: Sequence["xr.Dataset"], stated: bool) ->
 
 
 RULES = ("accuracy", "long")
-"""Which time step a classical run takes: the largest that keeps its accuracy, or the largest that lasts the long run too."""
+"""Which time step a run takes: the largest that keeps its accuracy, or the largest that lasts the long run too."""
 
 
 def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, evidence: Record, resamples: int) -> Record:
@@ -210,7 +208,7 @@ def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, ev
                 "batch_by_round": batch.tolist(),
                 "parameters": told["parameters"],
                 "statistics_error": told["statistics_error"],
-                **({} if "t80" in measures or primary != "t95" else {"t80": told["t80"], "t80_at_least": told["t80_at_least"]}),
+                **({"t80": told["t80"], "t80_at_least": told["t80_at_least"]} if primary == "t95" else {}),
                 **_values({m: accuracies[m][label] for m in measures}, samples, resamples, experiment.spec.time.end),
             }
         )
@@ -277,6 +275,9 @@ def analyse(name: str, experiment: Experiment, folder: Path, summary: Record, ev
 def headline(found: Record) -> Record:
     """What is said of the family as a whole: what its fastest closure at equal accuracy reaches."""
     primary = found["metric"]
+    if not found["closures"]:
+        nothing = ("closure", "speedup_same", "speedup_best", "best_classical", "resolution_gain", "break_even", "limit_t95")
+        return {"verdict": "no run with a closure finished"} | dict.fromkeys(nothing)
 
     def speed(item: tuple[str, Record]) -> float:
         best = item[1]["measures"][primary]["best"]
@@ -313,6 +314,14 @@ def _lasted(label: str, tuning: Mapping[str, Record]) -> float | None:
     return None
 
 
+def worth_of(rung: Record, measure: str) -> float:
+    """What a rung's accuracy is worth: ∞ where it was not followed to its end, NaN where there is none."""
+    value, scale = rung[measure], SCALES[measure]
+    if value is None:
+        return math.inf if rung.get(f"{measure}_at_least") else math.nan
+    return worth(value, scale)
+
+
 def _ladders(rungs: Sequence[Record], measure: str) -> Record:
     """How close the ladders' rungs are, and how many classical runs are more accurate than every closure.
 
@@ -323,14 +332,9 @@ def _ladders(rungs: Sequence[Record], measure: str) -> Record:
         if r["kind"] == "classical" and "accuracy" in r["rules"]:
             sizes.setdefault(r["method"], set()).add(r["shape"][0])
     widest = {method: max(b / a for a, b in itertools.pairwise(sorted(found))) for method, found in sizes.items() if len(found) > 1}
-    scale = SCALES[measure]
-
-    def value(r: Record) -> float:
-        return worth(math.inf if r[measure] is None and r.get(f"{measure}_at_least") else r[measure] or math.nan, scale)
-
-    hybrids = [v for r in rungs if r["kind"] != "classical" and not math.isnan(v := value(r))]
+    hybrids = [v for r in rungs if r["kind"] != "classical" and not math.isnan(v := worth_of(r, measure))]
     best = max(hybrids, default=math.nan)
-    beyond = [r["label"] for r in rungs if r["kind"] == "classical" and "accuracy" in r["rules"] and value(r) > best]
+    beyond = [r["label"] for r in rungs if r["kind"] == "classical" and "accuracy" in r["rules"] and worth_of(r, measure) > best]
     return {"widest": widest, "beyond": beyond}
 
 
@@ -393,18 +397,17 @@ def _resolution_gain(mine: Sequence[Record], same: Sequence[Record], measure: st
     """How many times as many points per axis the best method of the same discretisation needs without the closure."""
     gains: list[tuple[float, str]] = []
     for r in mine:
-        if r[measure] is None and not r.get(f"{measure}_at_least"):
+        wanted = worth_of(r, measure)
+        if math.isnan(wanted):
             return None
-        wanted = worth(math.inf if r[measure] is None else r[measure], SCALES[measure])
         ladders: dict[str, list[tuple[float, float]]] = {}
         for rival in same:
-            value = math.inf if rival[measure] is None else rival[measure]
-            ladders.setdefault(rival["method"], []).append((worth(value, SCALES[measure]), float(rival["shape"][0])))
+            ladders.setdefault(rival["method"], []).append((worth_of(rival, measure), float(rival["shape"][0])))
         found = cheapest({method: cost_on(rungs, wanted) for method, rungs in ladders.items()})
         if found is None:
             return None
         points: Cost = found[1]
-        gains.append((points.value / r["shape"][0], {"": "", "at most": "at most", "more than": "at least"}[points.bound]))
+        gains.append((points.value / r["shape"][0], BOUND[points.bound]))
     value = math.exp(statistics.fmean(math.log(g) for g, _ in gains))
     bounds = {b for _, b in gains}
     return {"value": value, "bound": bounds.pop() if len(bounds) == 1 else ""}

@@ -169,7 +169,10 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
 def bench(
     benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="A YAML file, a shipped benchmark, or an experiment.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results.  [default: runs/bench_NAME]")
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the results (default: runs/bench_NAME, with --quick runs/bench_NAME_quick)."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer families, runs and starts, as the file says.")] = False,
     resume: Resume = False,

@@ -65,14 +65,14 @@ def compiler_options(solver: Any) -> dict[str, str]:
 
 
 @contextmanager
-def without_cache() -> Iterator[None]:
-    """Programs are compiled here and now, also where those of an earlier process are kept: their compile time is measured."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
+def setting(name: str, value: Any) -> Iterator[None]:
+    """One of JAX's settings for a while."""
+    before = jax.config.values[name]
+    jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update(name, before)
 
 
 def _outermost(arguments: Any) -> bool:

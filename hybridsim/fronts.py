@@ -142,6 +142,7 @@ class Speedup(NamedTuple):
 
 
 BOUND = {"": "", "at most": "at most", "more than": "at least"}
+"""What a bound of a rival's cost says of the ratio to it."""
 
 
 Rungs = Mapping[str, Sequence[tuple[float, float]]]

@@ -393,7 +393,7 @@ class Family(Section):
     )
     tune: bool = Field(
         default=True,
-        description="whether each run without a network takes the largest time step that keeps its accuracy within 2 %",
+        description="whether each run takes the largest time step that keeps its accuracy within 2 %",
     )
     long: Positive | None = Field(
         default=None, description="how long a time step must be stable for the second rule of time steps (default: no such rule)"

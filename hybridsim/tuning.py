@@ -1,4 +1,4 @@
-"""The time step of a classical run: the largest that leaves its accuracy as it is, and the largest that lasts a long run too.
+"""The time step of a run: the largest that leaves its accuracy as it is, and the largest that lasts a long run too.
 
 A rival with a step that is smaller than it needs would make every closure look good. So each rung of a ladder steps as far as it
 can: all of them are tried at whole numbers of steps per frame, and what counts is the same accuracy that is compared later.
@@ -79,7 +79,7 @@ def fewest_steps(given: int, accuracy: Callable[[int], float], scale: Scale, tol
 
     Where the given ones do, fewer are tried, one after the other, until they do no longer; else more of them.
 
-    >>> error = lambda n: 0.1 * (1 + 1 / n**2)  # 2 % more than with ten steps: five are too few, seven enough
+    >>> error = lambda n: 0.1 * (1 + 1 / n**2)  # two per cent more than with ten steps: five are too few
     >>> fewest_steps(5, error, "shrinking").steps
     6
     """

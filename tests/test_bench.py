@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hybridsim import storage
 from hybridsim.bench import FamilyPlan, read_bench, taking_part
-from hybridsim.claims import closure_of, method_of
+from hybridsim.claims import closure_of, headline, method_of
 from hybridsim.cli import app
 from hybridsim.config import shipped_benches
 from hybridsim.diagnostics import crossing_time
@@ -208,6 +208,24 @@ def test_names_of_ladders():
         ("families: {a: {experiment: mixing_layer_scores.yaml, ladders: {mc32: [33]}}}", "no whole number"),
         ("families: {a: {experiment: ks_scores.yaml, rivals: {ps64_bare: {}}}}", "has a run 'ps64_bare' already"),
         ("families: {a: {experiment: ks_scores.yaml, change: {sample.count: 3}}}", "sample"),
+        (
+            "families: {a: {experiment: ks_scores.yaml, runs: ['ps*'], ladders: {ps64_bare: [72, 72]}}}",
+            "a run ps64_bare_72 already",
+        ),
+        ("families: {a: {experiment: ks_scores.yaml, limit: {shape: [128, 128]}}}", "a.limit.shape: needs 1 numbers"),
+        ("families: {a: {experiment: ks_scores.yaml, limit: {shape: [64]}}}", "a.limit.shape: [64] is not finer than"),
+        ("families: {a: {experiment: ks_scores.yaml, limit: {shape: [1024]}}}", "at most those of the reference, [512]"),
+        ("families: {a: {experiment: ks_scores.yaml, limit: {shape: [128]}, change: {samples.count: 1}}}", "two starts or more"),
+        ("families: {a: {experiment: mixing_layer_scores.yaml, limit: {shape: [64, 96]}}}", "must be periodic"),
+        (
+            "families: {a: {experiment: kolmogorov_scores.yaml, change: {'runs.ps48_learned_0.corrections[0].evaluate': 4}}}",
+            "ps48_learned_0 evaluates a correction every 4 of 8 substeps",
+        ),
+        (
+            "families: {a: {experiment: ks_scores.yaml, long: 9, "
+            "rivals: {ps64_bare_long: {solver: spectral, shape: [64], dt: 1.0}}}}",
+            "ps64_bare_long is what ps64_bare is called",
+        ),
         ("families: {a: {experiment: ks_scores.yaml, limit: {shape: [128], time: 3}}}", "families.a.limit"),
         ("families: {a: {experiment: ks_scores.yaml}}\nrounds: 0", "rounds"),
     ],
@@ -225,6 +243,30 @@ def test_a_name_that_is_nothing_is_refused():
     result = bench("no_such_benchmark.yaml")
     assert result.exit_code == 2
     assert "no_such_benchmark" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--family", "kolmogorow"), "did you mean 'kolmogorov'"),
+        (("--against", "nowhere"), "--against: nowhere: there is no bench.json"),
+        (("--against", "strange.json"), "these are not the results of a benchmark"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "strange.json").write_text("[]")
+    result = bench("speed", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_closure_is_left():
+    """Every run with a closure was lost: the family says so, and the others go on."""
+    found = headline({"metric": "t95", "closures": {}})
+    assert found["verdict"] == "no run with a closure finished"
+    assert found["speedup_best"] is None
 
 
 def test_an_experiment_is_a_benchmark_of_one_family():
@@ -262,13 +304,13 @@ def test_families_are_chosen_by_name():
 def test_what_is_held_is_held_for_as_long_whatever_the_step():
     plan = FamilyPlan("x", Family(experiment="kolmogorov_scores.yaml", runs=["ps40*", "fv64_learned_0"]), quick=False)
     # 0.1 between two evaluations: five steps of 0.02, or three of 0.0333
-    experiment = plan.variant("fv64_learned_0", 6, 0.2)
+    experiment = plan.variant("fv64_learned_0", 6, 0.2, 2)
     run = experiment.spec.runs["fv64_learned_0"]
     assert (run.substeps, run.corrections[0].evaluate) == (3, 3)
     assert run.dt == pytest.approx(0.2 / 6)
     assert experiment.model_for("fv64_learned_0").step_time == pytest.approx(0.1)
     assert plan.runs["fv64_learned_0"]["substeps"] == 5
-    run = plan.variant("ps40_smagorinsky", 4, 0.2).spec.runs["ps40_smagorinsky"]
+    run = plan.variant("ps40_smagorinsky", 4, 0.2, 1).spec.runs["ps40_smagorinsky"]
     assert (run.substeps, run.corrections[0].evaluate) == (4, 4)
 
 

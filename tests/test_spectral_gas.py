@@ -63,7 +63,7 @@ def test_sound_returns_after_a_period(d):
     assert float(jnp.abs(out - u).max()) < 1e-9
 
 
-@pytest.mark.parametrize("d", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("d", [1, 2, 3])
 def test_rates_converge_faster_than_any_power(d):
     """Against the same flow on a grid that resolves every product."""
     fine = 48
