@@ -18,7 +18,7 @@ from hybridsim.sections import Bench
 if TYPE_CHECKING:
     import xarray as xr
 
-OUTCOMES = ("above the front", "below the front", "on the front")
+OUTCOMES = ("above the front", "below the front", "on the front", "beyond the ladders", "short of the ladders")
 
 
 # --- words -----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def shown_limit(found: Record | None) -> str:
 
 
 def outcome_of(sentence: str) -> str:
-    """Above, below or on the front: how a verdict begins."""
+    """Above, below or on the front, or past the ends of the ladders: how a verdict begins."""
     return next((words for words in OUTCOMES if sentence.startswith(words)), "unknown")
 
 

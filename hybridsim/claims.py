@@ -28,6 +28,7 @@ from hybridsim.fronts import (
     Speedup,
     break_even,
     cheapest,
+    common_bound,
     cost_on,
     remembered,
     speedup,
@@ -409,8 +410,7 @@ def _resolution_gain(mine: Sequence[Record], same: Sequence[Record], measure: st
         points: Cost = found[1]
         gains.append((points.value / r["shape"][0], BOUND[points.bound]))
     value = math.exp(statistics.fmean(math.log(g) for g, _ in gains))
-    bounds = {b for _, b in gains}
-    return {"value": value, "bound": bounds.pop() if len(bounds) == 1 else ""}
+    return {"value": value, "bound": common_bound([b for _, b in gains])}
 
 
 def card_of(experiment: Experiment, label: str, closure: str) -> Record | None:

@@ -32,7 +32,7 @@ ExperimentName = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A YAM
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override any key, for example runs.bare.shape=[32,32].")
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results.  [default: runs/NAME]")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results (default: runs/NAME).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 
 
@@ -319,7 +319,7 @@ def list_(
 
 @app.command()
 def peers(
-    family: Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="spectral, ks or finite_volume.  [default: all]")] = None,
+    family: Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="spectral, ks or finite_volume (default: all).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few small grids: about two minutes.")] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="How often the codes of a pair take turns.")] = 5,
     precision: Annotated[str, typer.Option("--precision", help="float32 or float64.")] = "float32",

@@ -145,6 +145,16 @@ BOUND = {"": "", "at most": "at most", "more than": "at least"}
 """What a bound of a rival's cost says of the ratio to it."""
 
 
+def common_bound(bounds: Sequence[str]) -> str:
+    """What several values are together: "at least" if some are and none is "at most", and the other way round; else nothing.
+
+    >>> common_bound(["", "at least"]), common_bound(["at most", "at most"]), common_bound(["at least", "at most"])
+    ('at least', 'at most', '')
+    """
+    kinds = set(bounds) - {""}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
 Rungs = Mapping[str, Sequence[tuple[float, float]]]
 """Method → the (worth, cost) of its rungs, for one draw of starts and rounds."""
 
@@ -207,7 +217,7 @@ def speedup(
     names = [row[1] for row in central if row is not None]
     bounds = [row[2] for row in central if row is not None]
     best = max(set(names), key=names.count)
-    bound = bounds[0] if len(set(bounds)) == 1 else ""
+    bound = common_bound(bounds)
     shares = {name: winners.count(name) / len(winners) for name in sorted(set(winners))}
     return Speedup(Interval(float(low), float(median), float(high)), best, bound, shares)  # pyright: ignore[reportArgumentType]
 
@@ -223,16 +233,25 @@ def break_even(training_seconds: float, rival: float, hybrid: float) -> float | 
 
 
 def verdict(found: Speedup, rivals: str = "the best classical run") -> str:
-    """One sentence: whether the closure is above the classical front, below it, or cannot be told from it.
+    """One sentence: whether the closure is above the classical front, below it, or cannot be told from it; a bound decides nothing
+    on its open side.
 
     >>> verdict(Speedup(Interval(1.2, 1.4, 1.7), "spectral", "", {"spectral": 1.0}))
     'above the front: 1.40 times as fast as the best classical run (spectral) at equal accuracy [1.20, 1.70]'
+    >>> verdict(Speedup(Interval(0.5, 0.7, 0.9), "spectral", "at least", {"spectral": 1.0}))
+    'beyond the ladders: not all of its accuracy is reached; at least 0.70 times the speed of the best ...'
+    >>> verdict(Speedup(Interval(1.1, 1.3, 1.5), "spectral", "at most", {"spectral": 1.0}))
+    'short of the ladders: they begin above it; at most 1.30 times the speed of the best classical run (spectral) [1.10, 1.50]'
     """
     low, median, high = found.interval
     rival = f"{rivals} ({found.best}) at equal accuracy"
     value, span = f"{found.bound} {median:.2f}".strip(), f"[{low:.2f}, {high:.2f}]"
-    if low > 1:
+    if low > 1 and found.bound != "at most":
         return f"above the front: {value} times as fast as {rival} {span}"
-    if high < 1:
+    if high < 1 and found.bound != "at least":
         return f"below the front: no gain, {value} of the speed of {rival} {span}"
+    if found.bound == "at least":
+        return f"beyond the ladders: not all of its accuracy is reached; {value} times the speed of {rivals} ({found.best}) {span}"
+    if found.bound == "at most":
+        return f"short of the ladders: they begin above it; {value} times the speed of {rivals} ({found.best}) {span}"
     return f"on the front: {value} times the speed of {rival}, not told from 1 {span}"

@@ -177,6 +177,26 @@ def test_errors_are_worth_their_logarithm():
     assert cheapest({"a": None}) is None
 
 
+def test_one_seed_past_the_end_makes_the_whole_a_bound():
+    seeds = [exact(f"s{i}", "closure", n**-2.0, 27.0**3) for i, n in enumerate((27, 50))]
+    found = speedup(seeds, power_ladder(), SAMPLES, "shrinking", resamples=20)
+    assert found is not None
+    assert found.bound == "at least"
+
+
+@pytest.mark.parametrize(
+    ("interval", "bound", "word"),
+    [
+        ((1.1, 1.3, 1.5), "at least", "above"),
+        ((0.5, 0.7, 0.9), "at least", "beyond"),
+        ((0.5, 0.7, 0.9), "at most", "below"),
+        ((1.1, 1.3, 1.5), "at most", "short"),
+    ],
+)
+def test_a_bound_decides_on_one_side_only(interval, bound, word):
+    assert verdict(Speedup(Interval(*interval), "spectral", bound, {})).startswith(word)
+
+
 @pytest.mark.parametrize(
     ("interval", "word"), [((1.1, 1.3, 1.5), "above"), ((0.5, 0.7, 0.9), "below"), ((0.9, 1.1, 1.3), "on the front")]
 )
