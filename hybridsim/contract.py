@@ -10,7 +10,7 @@ Conventions: `axis` is a direction, `c` a channel. Arrays are ordered `(axis, c,
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
@@ -371,6 +371,9 @@ class AbstractStepper(eqx.Module):
     """Whether it takes the whole steps of a hosted solver instead of the right-hand side."""
     order: ClassVar[int]
     stages: ClassVar[int]
+
+    def check(self, solver: AbstractSolver, closures: Sequence["AbstractClosure"]) -> None:
+        """Raises `ValueError` where this stepper does not go with a solver or with closures; most go with all."""
 
     @abc.abstractmethod
     def prepare(self, solver: AbstractSolver, dt: "ArrayLike", dtype: Any) -> PyTree: ...

@@ -137,6 +137,7 @@ class Model(eqx.Module):
                 f"stepper: {type(self.stepper).__name__} needs a linear part, which {type(self.solver).__name__} does not offer; "
                 "use an explicit one: forward_euler, ssprk2 or ssprk3"
             )
+        self.stepper.check(self.solver, self.closures)
         for i, (closure, when) in enumerate(zip(self.closures, self.evaluate, strict=True)):
             place = place_of(closure)
             if place not in self.solver.places:

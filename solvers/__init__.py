@@ -53,6 +53,7 @@ STEPPERS: dict[str, str] = {
     "crank_nicolson_rk4": "hybridsim.solvers.steppers:CrankNicolsonRK4",
     "etdrk2": "hybridsim.solvers.steppers:ETDRK2",
     "etdrk4": "hybridsim.solvers.steppers:ETDRK4",
+    "exponax": "hybridsim.solvers.hosted:ExponaxStepper",
     "forward_euler": "hybridsim.solvers.steppers:ForwardEuler",
     "jax_cfd": "hybridsim.solvers.hosted:JaxCFDStepper",
     "ssprk2": "hybridsim.solvers.steppers:SSPRK2",

@@ -1,13 +1,13 @@
-"""u(t) -> u(t + Δt) by jax-cfd itself (Kochkov et al. 2021, doi:10.1073/pnas.2101784118), behind our interface.
+"""u(t) -> u(t + Δt) by other codes: jax-cfd (Kochkov et al. 2021, doi:10.1073/pnas.2101784118) and exponax, behind our interface.
 
-Rivals and cross-checks: the equations, schemes and time steppers are jax-cfd's own public functions, called as its documentation
-shows. What closures see, how states are filtered and what is measured is as in our solvers on the same arrangement of variables.
+Rivals and cross-checks: the equations, schemes and time steppers are those codes' own public functions, called as they document
+them. What closures see, how states are filtered and what is measured is as in our solvers on the same arrangement of variables.
 """
 
 import abc
 import importlib
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from hybridsim.contract import AbstractSolver, AbstractStepper, Flux, PostStep, 
 from hybridsim.grid import Grid
 from hybridsim.solvers.finite_volume import StaggeredFiniteVolume
 from hybridsim.solvers.incompressible import AbstractStandingForce, NavierStokes
+from hybridsim.solvers.kuramoto_sivashinsky import SpectralKS
 from hybridsim.solvers.spectral import Spectral2D
 
 
@@ -46,6 +47,53 @@ class JaxCFDStepper(AbstractStepper):
     def __call__(self, solver, coefficients, z, t, dt, tendency):
         assert isinstance(solver, AbstractHosted)
         return solver.advanced(z, t, dt, tendency)
+
+
+class ExponaxStepper(AbstractStepper):
+    """û(t + Δt) = exponax's own ETDRK4 step of û(t): ∂t u + ½∂x u² + ∂xx u + ν ∂xxxx u = 0 (Koehler et al. 2024, arXiv:2411.00180).
+
+    A rival for `solver: {use: spectral, dealias: two_thirds}` of the Kuramoto–Sivashinsky equation, whose modes it steps; exponax
+    has no place for closures. Order 4 in time; needs the package exponax.
+    """
+
+    needs_linear: ClassVar[bool] = True
+    order: ClassVar[int] = 4
+    stages: ClassVar[int] = 4
+
+    def check(self, solver, closures) -> None:
+        if not isinstance(solver, SpectralKS) or solver.dealias != "two_thirds":
+            raise ValueError(
+                "stepper: exponax is hosted for kuramoto_sivashinsky with solver: {use: spectral, dealias: two_thirds}, as it "
+                "cuts by that rule"
+            )
+        if closures:
+            raise ValueError("stepper: exponax takes whole steps and has no place for corrections; take etdrk4")
+        self._package()
+
+    @staticmethod
+    def _package() -> Any:
+        try:
+            return importlib.import_module("exponax")
+        except ImportError as error:
+            raise ValueError(f"stepper: exponax cannot be used ({error}); install it, or take etdrk4") from error
+
+    def _stepper(self, solver: SpectralKS, dt: Any) -> Any:
+        exponax = self._package()
+        (n,), (length,) = solver.grid.shape, solver.grid.lengths
+        scale = solver.equation.viscosity
+        with jax.numpy_rank_promotion("allow"):  # exponax counts on it
+            return exponax.stepper.KuramotoSivashinskyConservative(1, length, n, dt, fourth_order_scale=scale, order=4)
+
+    def prepare(self, solver, dt, dtype) -> PyTree:
+        real = jnp.dtype(dtype)
+        into = {False: real, True: jnp.result_type(real, jnp.complex64)}
+        arrays = eqx.filter(self._stepper(solver, dt), eqx.is_inexact_array)
+        return jax.tree.map(lambda a: a.astype(into[jnp.iscomplexobj(a)]), arrays)
+
+    def __call__(self, solver, coefficients, z, t, dt, tendency):
+        static = eqx.partition(self._stepper(solver, 0.01), eqx.is_inexact_array)[1]
+        with jax.numpy_rank_promotion("allow"):
+            return {**z, "u": eqx.combine(coefficients, static).step_fourier(z["u"][None])[0]}
 
 
 class AbstractHosted(AbstractSolver):

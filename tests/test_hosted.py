@@ -1,4 +1,4 @@
-"""jax-cfd behind our interface: the same steps as its own, the same flows as ours, closures, gradients, refusals."""
+"""jax-cfd and exponax behind our interface: the same steps as its own, the same flows as ours, closures, gradients, refusals."""
 
 import importlib
 
@@ -14,11 +14,12 @@ from hybridsim.contract import PostStep
 from hybridsim.grid import Grid
 from hybridsim.model import Model, State, rollout
 from hybridsim.solvers.finite_volume import StaggeredFiniteVolume
-from hybridsim.solvers.hosted import JaxCFDFiniteVolume, JaxCFDSpectral, JaxCFDStepper
+from hybridsim.solvers.hosted import ExponaxStepper, JaxCFDFiniteVolume, JaxCFDSpectral, JaxCFDStepper
 from hybridsim.solvers.incompressible import Isotropic, Kolmogorov, NavierStokes
 from hybridsim.solvers.initial import RandomVelocity
+from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
 from hybridsim.solvers.spectral import Spectral2D
-from hybridsim.solvers.steppers import SSPRK3, CrankNicolsonRK4, ForwardEuler
+from hybridsim.solvers.steppers import ETDRK4, SSPRK3, CrankNicolsonRK4, ForwardEuler
 from hybridsim.yaml_reader import ConfigError
 
 BOX = 2 * np.pi
@@ -174,6 +175,58 @@ def test_what_cannot_be_hosted_is_refused(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ValueError, match=r"jax-cfd cannot be used with JAX .* has no attribute 'tree_map'"):
         JaxCFDFiniteVolume(square(16), DECAY)
+
+
+# --- exponax ---------------------------------------------------------------------------------------------------------------------
+
+
+def line(n=48, viscosity=1.0, dealias="two_thirds"):
+    return SpectralKS(Grid((n,), (32.0,)), KuramotoSivashinsky(viscosity), dealias=dealias)
+
+
+def wave(solver, dtype):
+    (x,) = solver.grid.mesh()
+    k = 2 * np.pi / 32
+    return solver.prepare(dtype).project(jnp.asarray(np.sin(3 * k * x) + 0.7 * np.cos(5 * k * x + 1), dtype)[None])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("viscosity", [1.0, 0.8])
+def test_exponax_agrees_with_ours(viscosity):
+    """The same method of the same equation: coefficients by contour integrals there, by series here."""
+    solver = line(viscosity=viscosity)
+    u = wave(solver, jnp.float64)
+    a, b = (steps(Model(solver, stepper, 0.1), u, 20)[0] for stepper in (ExponaxStepper(), ETDRK4()))
+    assert relative(a, b) < 1e-9
+    assert relative(a[-1], u) > 0.1
+
+
+def test_exponax_steps_single_precision_and_its_gradient_flows():
+    def energy(viscosity):
+        solver = line(viscosity=viscosity)
+        out = rollout(Model(solver, ExponaxStepper(), 0.1), State(wave(line(), jnp.float32)), 1, every=10)
+        return jnp.sum(out.u**2)
+
+    assert rollout(Model(line(), ExponaxStepper(), 0.1), State(wave(line(), jnp.float32)), 1).u.dtype == jnp.float32
+    slope = jax.grad(energy)(jnp.asarray(1.0))
+    difference = (energy(jnp.asarray(1.01)) - energy(jnp.asarray(0.99))) / 0.02
+    np.testing.assert_allclose(slope, difference, rtol=0.02)
+
+
+def test_where_exponax_does_not_fit_is_refused(monkeypatch):
+    for solver, closures in ((line(dealias="hou_li"), ()), (line(), (Nudge(),)), (Spectral2D(square(16), DECAY), ())):
+        with pytest.raises(ValueError, match="stepper: exponax "):
+            Model(solver, ExponaxStepper(), 0.1, closures)
+
+    def missing(name):
+        raise ImportError("No module named 'exponax'")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ValueError, match=r"exponax cannot be used \(No module named 'exponax'\); install it, or take etdrk4"):
+        Model(line(), ExponaxStepper(), 0.1)
+
+
+# --- in YAML ---------------------------------------------------------------------------------------------------------------------
 
 
 EXPERIMENT = """
