@@ -7,6 +7,7 @@ what slows the machine for a while slows all of them. What is claimed is in `cla
 
 import copy
 import fnmatch
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -93,11 +94,15 @@ class FamilyPlan:
         data, self._path, self._shipped = read_experiment(family.experiment)
         self.data = copy.deepcopy(data)
         self.data.pop("sweep", None)
+        self.missing: dict[str, list[str]] = {}
+        """package → labels of the rivals that need it and are left out."""
         self._add_rivals()
         for key, value in {**family.change, **((family.quick or {}) if quick else {})}.items():
             set_key(self.data, key_path_of(key), value)
         chosen = family.quick_runs if quick else []
-        self._choose(chosen or family.runs, set() if chosen else set(family.rivals))
+        self._choose(
+            chosen or family.runs, set() if chosen else {*family.rivals, *(k for runs in family.peers.values() for k in runs)}
+        )
         if not quick:
             self._add_rungs()
 
@@ -140,7 +145,15 @@ class FamilyPlan:
         experiment.solver_for(experiment.spec.reference.solver, shape)
 
     def _add_rivals(self) -> None:
-        for label, run in self.family.rivals.items():
+        rivals = dict(self.family.rivals)
+        for package, runs in self.family.peers.items():
+            if not package.isidentifier():
+                raise ConfigError(f"families.{self.name}.peers: {package!r} is not the name of a package")
+            if importlib.util.find_spec(package) is None:
+                self.missing[package] = list(runs)
+            else:
+                rivals |= runs
+        for label, run in rivals.items():
             if label in self.runs:
                 raise ConfigError(f"families.{self.name}.rivals: the experiment has a run {label!r} already")
             self.runs[label] = dict(run)
@@ -160,6 +173,8 @@ class FamilyPlan:
     def _add_rungs(self) -> None:
         for label, sizes in self.family.ladders.items():
             where = f"families.{self.name}.ladders"
+            if any(label in labels for labels in self.missing.values()):
+                continue
             if label not in self.runs:
                 raise ConfigError(f"{where}: no run is called {label!r}; {suggestion(label, self.runs, 'there are')}")
             template = self.runs[label]
@@ -531,6 +546,8 @@ def bench_command(
         for family, plan in plans.items():
             place = folder / family
             place.mkdir(parents=True, exist_ok=True)
+            for package, labels in plan.missing.items():
+                say.line(f"{family}: {package} is not installed, so {', '.join(labels)} are left out")
             try:
                 experiment, summary, evidence = run_family(plan, place, bench.rounds, resume, say)
             except FineRunError as error:

@@ -387,6 +387,9 @@ class Family(Section):
     runs: list[Text] = Field(default_factory=list, description="labels of its runs that take part; * is any part (default: all)")
     change: dict[Text, Any] = Field(default_factory=dict, description="key paths of the experiment and values for them")
     rivals: dict[Label, dict[Text, Any]] = Field(default_factory=dict, description="label: one more run, as in the experiment")
+    peers: dict[Text, dict[Label, dict[Text, Any]]] = Field(
+        default_factory=dict, description="package: rivals that need it, as in `rivals`; left out where it is not installed"
+    )
     ladders: dict[Text, Annotated[list[Count], Field(min_length=1)]] = Field(
         default_factory=dict,
         description="label of a run: points along the first axis of more runs like it, their time step as their spacing",
