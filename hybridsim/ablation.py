@@ -9,16 +9,17 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from hybridsim import storage
+from hybridsim import resuming, storage
+from hybridsim.journal import SAVE_EVERY
 from hybridsim.progress import Reporter
 from hybridsim.reference import FineRunError, initial_state
 from hybridsim.signals import STOP
 from hybridsim.train import TrainingDiverged, without_closures
-from hybridsim.yaml_reader import ConfigError
+from hybridsim.yaml_reader import ConfigError, key_path, show_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +44,13 @@ TRAINED = {
 
 Record = dict[str, Any]
 """What is kept of a case; see `sweep.json`."""
+
+
+class Options(TypedDict):
+    """What `run_locked` and `train_locked` take besides."""
+
+    force: bool
+    save_every: float
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------------------
@@ -129,13 +137,13 @@ def _failed(error: Exception, say: Reporter) -> Record:
     return {"outcome": str(error), "score": None, "interval": None, "scores": [], "at_least": False}
 
 
-def _trained(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> Record:
+def _trained(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str, options: Options) -> Record:
     from hybridsim.training import recipe_of, train_locked
 
     train = case.experiment.spec.train
     assert train is not None
     try:
-        train_locked(case.experiment, recipe_of(train), folder, resume, say)
+        train_locked(case.experiment, recipe_of(train), folder, resume, say, **options)
     except (TrainingDiverged, FineRunError) as error:
         return _failed(error, say)
     card = storage.read_json(folder / f"{train.run}.json")
@@ -156,11 +164,11 @@ def _trained(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str)
     }
 
 
-def _run(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str) -> Record:
+def _run(case: "Case", folder: Path, resume: bool, say: Reporter, rank: str, options: Options) -> Record:
     from hybridsim.experiment import run_locked
 
     try:
-        run_locked(case.experiment, folder, resume, say)
+        run_locked(case.experiment, folder, resume, say, **options)
     except FineRunError as error:
         return _failed(error, say)
     runs = storage.read_json(folder / "summary.json")["runs"]
@@ -185,8 +193,17 @@ def _of_summary(summary: Mapping[str, Any], rank: str) -> Record:
 # --- the command -----------------------------------------------------------------------------------------------------------------
 
 
-def sweep_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console", training: bool) -> int:
-    """Every case of `experiment`, the table, the figure; 0, or 3 where no case reached a score."""
+def sweep_experiment(
+    experiment: "Experiment",
+    folder: Path,
+    resume: bool,
+    console: "Console",
+    training: bool,
+    *,
+    force: bool = False,
+    save_every: float = SAVE_EVERY,
+) -> int:
+    """Every case of `experiment`, the table, the figure; 0, or 3 where no case reached a score. Options as for `run_experiment`."""
     rank = _rank(experiment, training)
     if training:
         from hybridsim.training import check_fit, recipe_of
@@ -198,7 +215,7 @@ def sweep_experiment(experiment: "Experiment", folder: Path, resume: bool, conso
             except ConfigError as error:
                 raise ConfigError(f"sweep, case {case.name}: {error}") from None
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
-        return _sweep_locked(experiment, folder, resume, say, training, rank)
+        return _sweep_locked(experiment, folder, resume, say, training, rank, {"force": force, "save_every": save_every})
 
 
 def _rank(experiment: "Experiment", training: bool) -> str:
@@ -226,25 +243,29 @@ def _rank(experiment: "Experiment", training: bool) -> str:
     return sweep.rank
 
 
-def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter, training: bool, rank: str) -> int:
+def _sweep_locked(
+    experiment: "Experiment", folder: Path, resume: bool, say: Reporter, training: bool, rank: str, options: Options
+) -> int:
     import yaml
 
-    marker, cases = folder / "sweep_hash.json", folder / "cases"
-    identity = [experiment.config_hash, "train" if training else "run"]
-    if resume and marker.exists() and storage.read_json(marker) != identity:
-        raise storage.StorageError(
-            f"{folder}: holds the sweep of another configuration; resume with the same YAML, or choose another --out"
-        )
-    if not (resume and marker.exists()):
+    marker, cases = folder / "sweep_begun.json", folder / "cases"
+    # each case keeps its own with all defaults; here they would stand in the way of choices between classes
+    given = storage.to_plain({**(experiment.plain or {}), "name": experiment.name})
+    begun = {"command": "train" if training else "run", "config": given, "files": experiment.files}
+    if resume and marker.exists():
+        for path, before, now in resuming.differences(storage.read_json(marker), begun):
+            raise storage.StorageError(
+                f"{folder}: holds another sweep: {key_path(path)} was {show_value(before)}, is {show_value(now)}; resume with the "
+                "same YAML, or choose another --out"
+            )
+    else:
         for old in (cases, folder / "others"):
             shutil.rmtree(old, ignore_errors=True)
-    storage.write_json(marker, identity)
-    # each case keeps its own with all defaults; here they would stand in the way of choices between classes
-    given = {**(experiment.plain or {}), "name": experiment.name}
+    storage.write_json(marker, begun)
     storage.atomic_write(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     count = len(experiment.cases)
     say.line(f"sweep of {experiment.name}: {count} cases → {folder}")
-    baselines = {} if training else _baselines(experiment, folder, resume, say, rank)
+    baselines = {} if training else _baselines(experiment, folder, resume, say, rank, options)
     records: list[Record] = []
     one: Callable[..., Record] = _trained if training else _run
     for i, case in enumerate(experiment.cases):
@@ -263,7 +284,7 @@ def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
                 "values": case.values,
                 "changes": case.changes,
                 "config_hash": case.experiment.config_hash,
-                **one(case, place, resume, say, rank),
+                **one(case, place, resume, say, rank, options),
             }
             storage.write_json(kept, record)
         records.append(record)
@@ -276,7 +297,9 @@ def _sweep_locked(experiment: "Experiment", folder: Path, resume: bool, say: Rep
     return 3 if all(r["score"] is None for r in records) else 0
 
 
-def _baselines(experiment: "Experiment", folder: Path, resume: bool, say: Reporter, rank: str) -> dict[str, Record]:
+def _baselines(
+    experiment: "Experiment", folder: Path, resume: bool, say: Reporter, rank: str, options: Options
+) -> dict[str, Record]:
     """The other runs of the experiment, once: label -> what they reached."""
     from hybridsim.experiment import run_locked
 
@@ -288,7 +311,7 @@ def _baselines(experiment: "Experiment", folder: Path, resume: bool, say: Report
     if not (summary.exists() and storage.read_json(summary)["config_hash"] == others.config_hash):
         place.mkdir(parents=True, exist_ok=True)
         say.line(f"the other runs: {', '.join(others.labels)}")
-        run_locked(others, place, resume, say)
+        run_locked(others, place, resume, say, **options)
     return {label: _of_summary(found, rank) for label, found in storage.read_json(summary)["runs"].items()}
 
 

@@ -1,7 +1,7 @@
 """The commands: run, train, show, check, new, list, peers, schema.
 
 Exit codes: 0 done and all checks passed · 1 a check failed · 2 bad input, before any compilation · 3 a run without `may_diverge`
-diverged · 130 and 143 interrupted, state saved.
+diverged · 130, 143 and 129 interrupted (Ctrl-C, SIGTERM, a closed terminal), state saved.
 """
 
 import contextlib
@@ -34,6 +34,12 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results (default: runs/NAME).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="With --resume: in spite of differences that change no state, or the last bits only.")
+]
+SaveEvery = Annotated[
+    float, typer.Option("--save-every", metavar="SECONDS", min=0.0, help="How often the state is saved; 0: after every chunk.")
+]
 
 
 def _console() -> "Console":
@@ -124,7 +130,14 @@ def _folder(experiment: "Experiment", out: Path | None) -> Path:
 
 
 @app.command()
-def run(experiment: ExperimentName, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+def run(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    force: Force = False,
+    save_every: SaveEvery = 10.0,
+) -> None:
     """Run an experiment: reference, runs, checks, report."""
 
     def action() -> int:
@@ -134,16 +147,23 @@ def run(experiment: ExperimentName, overrides: Overrides = None, out: Out = None
         if loaded.cases:
             from hybridsim.ablation import sweep_experiment
 
-            return sweep_experiment(loaded, folder, resume, _console(), training=False)
+            return sweep_experiment(loaded, folder, resume, _console(), training=False, force=force, save_every=save_every)
         from hybridsim.experiment import run_experiment
 
-        return run_experiment(loaded, folder, resume, _console())
+        return run_experiment(loaded, folder, resume, _console(), force=force, save_every=save_every)
 
     _leave(action, saves=True)
 
 
 @app.command()
-def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+def train(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    force: Force = False,
+    save_every: SaveEvery = 10.0,
+) -> None:
     """Train the closure that the experiment's `train:` names, with the solver in the loop."""
 
     def action() -> int:
@@ -157,10 +177,10 @@ def train(experiment: ExperimentName, overrides: Overrides = None, out: Out = No
         if loaded.cases:
             from hybridsim.ablation import sweep_experiment
 
-            return sweep_experiment(loaded, folder, resume, _console(), training=True)
+            return sweep_experiment(loaded, folder, resume, _console(), training=True, force=force, save_every=save_every)
         from hybridsim.training import train_experiment
 
-        return train_experiment(loaded, folder, resume, _console())
+        return train_experiment(loaded, folder, resume, _console(), force=force, save_every=save_every)
 
     _leave(action, saves=True)
 

@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridsim import diagnostics, gas, statistics, storage
+from hybridsim import blowups, diagnostics, gas, resuming, statistics, storage
+from hybridsim.blowups import Blowup
 from hybridsim.compilation import SolverJit, written_anew
 from hybridsim.contract import AbstractSolver
+from hybridsim.estimates import check_need, duration, need_of
 from hybridsim.grid import Grid
-from hybridsim.model import MOST_STEPS, Model, Prepared, adaptive_steps, frames_of
+from hybridsim.journal import SAVE_EVERY, Journal
+from hybridsim.model import Model, Prepared, frames_of
 from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError, Frames, cached_starts, initial_state, make_frames, sample_keys, warm_starts
 from hybridsim.samples import gathered, over_samples
@@ -41,21 +44,8 @@ PDF_BINS = 100
 MOST_VALUES = 2**22
 FEWEST_ROUNDS, MOST_ROUNDS, TIMING_SECONDS = 3, 9, 30.0
 """How often runs are timed: most rounds, but only the fewest once they have taken so long."""
-
-
-@dataclass
-class Blowup:
-    """Where a run first stopped being finite."""
-
-    sample: int
-    step: int
-    t: float
-    field: str
-    cell: tuple[int, ...]
-
-    def __str__(self) -> str:
-        where = ", ".join(map(str, self.cell))
-        return f"diverged at t = {self.t:.4g} (step {self.step}, sample {self.sample}, field {self.field}, cell [{where}])"
+LONG = 60.0
+"""Seconds from which on a run says how long it will take."""
 
 
 @dataclass
@@ -163,7 +153,7 @@ def fine_starts(experiment: "Experiment", progress: Callable[[float], None] = la
     spec = experiment.spec.reference
     template, dtype = experiment.reference_solver(), np.dtype(spec.precision)
 
-    def make() -> jax.Array:
+    def make(journals: Callable[[str], Journal]) -> jax.Array:
         return warm_starts(
             lambda grid: experiment.solver_for(spec.solver, grid.shape),
             experiment.stepper("reference"),
@@ -172,6 +162,7 @@ def fine_starts(experiment: "Experiment", progress: Callable[[float], None] = la
             template.grid,
             dtype,
             progress,
+            journals,
         )
 
     return cached_starts(start_recipe(experiment), make, dtype)
@@ -234,66 +225,6 @@ def _chunk_length(frames: int) -> int:
     return max(n for n in range(1, min(10, frames) + 1) if frames % n == 0)
 
 
-def _locate(model: Model, state: Any, sample: int, frames: int, every: int) -> Blowup:
-    """Steps one sample again from the last good chunk boundary, one model step at a time, to where it first is not finite."""
-    current = jax.tree.map(lambda a: a[sample], state)
-    prepared = _prepare(model, current[1]["start"].dtype)
-    compiled = eqx.filter_jit(lambda p, q: p.solver.decode(q))
-    decode = lambda z: np.asarray(compiled(prepared, z))  # noqa: E731
-    if model.courant is not None:
-        return _locate_adaptive(model, prepared, current, sample, frames, every, decode)
-    one = eqx.filter_jit(lambda m, p, s: m(*s, p))
-    for _ in range(frames * every):
-        current = one(model, prepared, current)
-        u = decode(current[0])
-        if not np.isfinite(u).all():
-            break
-    count = int(current[2])
-    return _blowup(model, sample, count, count * model.step_time, ~np.isfinite(u))
-
-
-def _blowup(model: Model, sample: int, step: int, t: float, bad: np.ndarray) -> Blowup:
-    """A `Blowup` at the first cell that is `bad`."""
-    first = np.unravel_index(int(bad.argmax()), bad.shape)
-    return Blowup(sample, step, t, model.solver.variables[int(first[0])].name, tuple(int(i) for i in first[1:]))
-
-
-def _locate_adaptive(
-    model: Model, prepared: Prepared, current: Any, sample: int, frames: int, every: int, decode: Callable[[Any], np.ndarray]
-) -> Blowup:
-    """The same where the steps of an interval are not known beforehand: bisection of their number in the bad interval.
-
-    A flow that was given up because its steps became too small is bad where it is fastest.
-    """
-    part = eqx.filter_jit(lambda m, p, s, most: adaptive_steps(m, p, s[0], s[1], s[2], every, most))
-
-    def after(steps: int) -> tuple[Any, Any, Any]:
-        return part(model, prepared, current, jnp.asarray(steps, jnp.int32))
-
-    high = 2 * max(MOST_STEPS, 2 * every)
-    for _ in range(frames):
-        z, carry, _ = after(high)
-        if not np.isfinite(decode(z)).all():
-            break
-        current = (z, carry, current[2] + every)
-    low, high = 0, int(carry["steps_taken"]) - int(current[1]["steps_taken"]) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if np.isfinite(decode(after(middle)[0])).all():
-            low = middle
-        else:
-            high = middle
-    z, carry, remaining = after(high)
-    u = decode(z)
-    bad = ~np.isfinite(u)
-    last, before, left = after(low)
-    if int(carry["steps_taken"]) == int(before["steps_taken"]):
-        speed = np.abs(decode(last))
-        bad, remaining = speed == speed.max(), left
-    t = (int(current[2]) + every) * model.step_time - float(remaining)
-    return _blowup(model, sample, int(carry["steps_taken"]), t, bad)
-
-
 def _run_one(
     experiment: "Experiment",
     label: str,
@@ -302,74 +233,78 @@ def _run_one(
     work: Path,
     resume: bool,
     progress: Callable[[int, int], None],
-    interrupted: Callable[[Result], Any],
+    write: Callable[[Result], Any],
+    tell: Callable[[str], None],
+    save_every: float,
 ) -> Result:
-    """All frames of one run, from its last checkpoint if there is one."""
+    """All frames of one run, from its last checkpoint if there is one; `write` puts what is finished into the run's file."""
     frames, every = experiment.spec.time.frames, experiment.steps_per_frame(label, model.dt).steps
     per_chunk = _chunk_length(frames)
     samples = len(start)
     u0 = jnp.asarray(start, experiment.dtype(label))
     keys = jax.random.split(jax.random.key(experiment.spec.samples.seed), samples)
     state = _begin(model, u0, keys)
-    checkpoints = storage.Checkpoints(work / "checkpoints")
-    done, blowups, seconds, compile_seconds = 0, [], 0.0, 0.0
+    journal = Journal(work, save_every)
+    done, diverged, seconds, compile_seconds = 0, [], 0.0, 0.0
     u = np.full((samples, frames + 1, *start.shape[1:]), np.nan, u0.dtype)
     ledger = np.zeros((samples, frames + 1, len(model.solver.ledger_rows)))
     u[:, 0] = np.asarray(u0)
     if resume:
-        found = checkpoints.latest(state)
+        found = journal.latest(state)
         if found is not None:
             done, state, meta = found
-            blowups = [Blowup(**{**b, "cell": tuple(b["cell"])}) for b in meta["blowups"]]
+            diverged = [Blowup.from_json(b) for b in meta["blowups"]]
             seconds, compile_seconds = meta["seconds"], meta["compile_seconds"]
-            for first in range(0, done, per_chunk):
-                piece = {"u": u[:, first + 1 : first + 1 + per_chunk], "ledger": ledger[:, first + 1 : first + 1 + per_chunk]}
-                stored, _ = storage.load_tree(work / f"frames-{first:06d}.safetensors", piece)
-                u[:, first + 1 : first + 1 + per_chunk] = stored["u"]
-                ledger[:, first + 1 : first + 1 + per_chunk] = stored["ledger"]
+            u[:, 1 : done + 1] = np.concatenate([piece["u"] for piece in journal.pieces], axis=1)
+            ledger[:, 1 : done + 1] = np.concatenate([piece["ledger"] for piece in journal.pieces], axis=1)
     else:
-        checkpoints.clear()
-    result = Result(label, model, u, ledger, blowups, seconds, compile_seconds, done=done)
-    gone = {b.sample for b in blowups}
-    begin = time.perf_counter()
-    prepared = _prepare(model, u0.dtype)
-    compiled = _chunk.lower(model, prepared, state, per_chunk, every).compile()
-    result.compile_seconds += time.perf_counter() - begin
-    for first in range(done, frames, per_chunk):
+        journal.clear()
+    result = Result(label, model, u, ledger, diverged, seconds, compile_seconds, done=done)
+    gone = {b.sample for b in diverged}
+
+    def save() -> None:
+        notes = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
+        journal.save(result.done, state, {**notes, "blowups": [b.as_json() for b in result.blowups]})
+
+    if len(gone) < samples and done < frames:
         begin = time.perf_counter()
-        new, (chunk, (high, low)) = jax.block_until_ready(compiled(model, prepared, state, per_chunk, every))
-        result.seconds += time.perf_counter() - begin
-        chunk = np.asarray(chunk)
-        span = slice(first + 1, first + 1 + per_chunk)
-        good = np.isfinite(chunk).reshape(samples, per_chunk, -1).all(axis=2)
-        good = np.logical_and.accumulate(good, axis=1)
-        for sample in range(samples):
-            if sample in gone:
-                continue
-            if not good[sample].all():
-                gone.add(sample)
-                result.blowups.append(_locate(model, state, sample, per_chunk, every))
-            u[sample, span][good[sample]] = chunk[sample][good[sample]]
-            total = np.asarray(high[sample], np.float64) + np.asarray(low[sample], np.float64)
-            ledger[sample, span] = np.where(np.isfinite(total), total, 0.0)
-        state = gathered(new)
-        storage.save_tree(work / f"frames-{first:06d}.safetensors", {"u": u[:, span], "ledger": ledger[:, span]})
-        checkpoints.save(
-            first + per_chunk,
-            state,
-            {
-                "blowups": [vars(b) | {"cell": list(b.cell)} for b in result.blowups],
-                "seconds": result.seconds,
-                "compile_seconds": result.compile_seconds,
-            },
-        )
-        result.done = first + per_chunk
-        progress(result.done, frames)
-        if STOP.requested is not None:
-            interrupted(result)
+        prepared = _prepare(model, u0.dtype)
+        compiled = _chunk.lower(model, prepared, state, per_chunk, every).compile()
+        result.compile_seconds += time.perf_counter() - begin
+        for first in range(done, frames, per_chunk):
+            begin = time.perf_counter()
+            new, (chunk, (high, low)) = jax.block_until_ready(compiled(model, prepared, state, per_chunk, every))
+            took = time.perf_counter() - begin
+            result.seconds += took
+            if first == done and (left := took * (frames - done - per_chunk) / per_chunk) > LONG:
+                tell(f"{label}: about {duration(left)} to go")
+            chunk = np.asarray(chunk)
+            span = slice(first + 1, first + 1 + per_chunk)
+            good = np.isfinite(chunk).reshape(samples, per_chunk, -1).all(axis=2)
+            good = np.logical_and.accumulate(good, axis=1)
+            for sample in range(samples):
+                if sample in gone:
+                    continue
+                if not good[sample].all():
+                    gone.add(sample)
+                    found = blowups.locate(model, state, sample, per_chunk, every)
+                    blowups.keep(work, found)
+                    result.blowups.append(found.blowup)
+                u[sample, span][good[sample]] = chunk[sample][good[sample]]
+                total = np.asarray(high[sample], np.float64) + np.asarray(low[sample], np.float64)
+                ledger[sample, span] = np.where(np.isfinite(total), total, 0.0)
+            state = gathered(new)
+            journal.add({"u": u[:, span], "ledger": ledger[:, span]})
+            result.done = first + per_chunk
+            asked, finished = STOP.wants_save, result.done == frames or len(gone) == samples
+            if finished or STOP.requested is not None or journal.due():
+                save()
+            if asked or STOP.requested is not None:
+                write(result)
+            progress(result.done, frames)
             STOP.check()
-        if len(gone) == samples:
-            break
+            if len(gone) == samples:
+                break
     result.steps_taken, result.smallest_dt = _steps_taken(model, state[1], frames * every)
     return result
 
@@ -929,34 +864,35 @@ def _convergence(
     )
 
 
-def run_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
-    """Everything that `hybridsim run` does; returns the exit code."""
+def run_experiment(
+    experiment: "Experiment", folder: Path, resume: bool, console: "Console", *, force: bool = False, save_every: float = SAVE_EVERY
+) -> int:
+    """Everything that `hybridsim run` does; returns the exit code.
+
+    `resume` goes on from the state in `folder`, with `force` in spite of differences that do no harm (see `hybridsim.resuming`);
+    `save_every`: seconds between two states that are saved.
+    """
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         try:
-            return run_locked(experiment, folder, resume, say)
+            return run_locked(experiment, folder, resume, say, force=force, save_every=save_every)
         except FineRunError as error:
             say.line(f"{error}; lower reference.cfl or refine reference.shape")
             return 3
 
 
-def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool) -> None:
+def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool, force: bool) -> None:
     """Refuses to mix two configurations; clears what an earlier run left unless it is resumed."""
     import shutil
 
     import yaml
 
-    marker = folder / "state" / "config_hash.json"
-    if resume and marker.exists():
-        found = storage.read_json(marker)
-        if found != experiment.config_hash:
-            raise storage.StorageError(
-                f"{folder}: holds the state of another configuration ({str(found)[:12]}, this one is "
-                f"{experiment.config_hash[:12]}); resume with the same YAML, or run without --resume into another --out"
-            )
-    elif (folder / "state").exists():
-        shutil.rmtree(folder / "state")
-    (folder / "state").mkdir(exist_ok=True)
-    storage.write_json(marker, experiment.config_hash)
+    state = folder / "state"
+    if not (resume and (state / resuming.BEGUN).exists()):
+        if state.exists():
+            shutil.rmtree(state)
+        shutil.rmtree(folder / blowups.FOLDER, ignore_errors=True)
+    state.mkdir(exist_ok=True)
+    resuming.begin(state, experiment, "run", resume, force)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
 
@@ -978,14 +914,25 @@ def _training_history(experiment: "Experiment") -> dict[str, list[dict[str, Any]
     return found
 
 
-def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Reporter, *, timed: bool = True) -> int:
+def run_locked(
+    experiment: "Experiment",
+    folder: Path,
+    resume: bool,
+    say: Reporter,
+    *,
+    timed: bool = True,
+    force: bool = False,
+    save_every: float = SAVE_EVERY,
+) -> int:
     """`run_experiment` in a folder whose lock is held; without costs where they are measured otherwise."""
     import datetime
     import shutil
 
-    _prepare_folder(experiment, folder, resume)
+    needed = check_need(need_of(experiment), folder)
+    _prepare_folder(experiment, folder, resume, force)
     environment = storage.environment()
     say.line(f"{experiment.title} ({experiment.name}), {len(experiment.labels)} runs → {folder}")
+    say.line(needed)
 
     def reference_progress(what: str, fraction: float) -> None:
         say.progress(what, fraction)
@@ -1028,12 +975,16 @@ def run_locked(experiment: "Experiment", folder: Path, resume: bool, say: Report
 
         work = folder / "state" / label
         work.mkdir(parents=True, exist_ok=True)
-        result = _run_one(
-            experiment, label, model, start, work, resume, lambda i, n, label=label: say.progress(label, i / n), write
-        )
+        progress = lambda i, n, label=label: say.progress(label, i / n)  # noqa: E731
+        result = _run_one(experiment, label, model, start, work, resume, progress, write, say.line, save_every)
         ds = write(result)
         summaries[label] = _summarise(experiment, result, ds, groups[group])
         say.line(_sentence(label, summaries[label]))
+        if (found := blowups.kept(work)) is not None:
+            said = blowups.advice(model, found, start[found.blowup.sample])
+            storage.save_dataset(folder / blowups.FOLDER / f"{label}.nc", blowups.dataset(found, model, said, attrs))
+            summaries[label]["advice"] = said
+            say.line(f"{label}: the last finite state is in {blowups.FOLDER}/{label}.nc; {said[0]}")
     if timed:
         _add_costs(experiment, summaries, {label: reference.groups[s["group"]][:, 0] for label, s in summaries.items()}, say)
 

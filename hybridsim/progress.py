@@ -50,20 +50,30 @@ class Reporter:
     def line(self, text: str) -> None:
         """One line that stays."""
         self._finish()
-        self.console.print(text, markup=False)
+        self._print(text)
         self._write(text)
 
     def progress(self, what: str, fraction: float, note: str = "") -> None:
-        """`what` is `fraction` done; on a terminal the bar moves, elsewhere every quarter is a line."""
+        """`what` is `fraction` done: on a terminal the bar moves, elsewhere and in the log every quarter is a line."""
+        if what != self._what or fraction - self._last >= 0.25 or (fraction >= 1.0 and self._last < 1.0):
+            text = f"{what}: {100 * fraction:.0f} %" + (f"  {note}" if note else "")
+            self._write(text)
+            if self._bar is None:
+                self._print(text)
+            self._last = fraction
         if self._bar is not None:
             if what != self._what or self._task is None:
                 self._finish()
                 self._task = self._bar.add_task(what, total=1.0, note=note)
             self._bar.update(self._task, completed=fraction, note=note)
-        elif what != self._what or fraction - self._last >= 0.25 or (fraction >= 1.0 and self._last < 1.0):
-            self.console.print(f"{what}: {100 * fraction:.0f} %" + (f"  {note}" if note else ""), markup=False)
-            self._last = fraction
         self._what = what
+
+    def _print(self, text: str) -> None:
+        """To the console, for as long as someone is there: a closed terminal ends no computation, and the log goes on."""
+        try:
+            self.console.print(text, markup=False)
+        except OSError:
+            self.console = _silent()
 
     def _finish(self) -> None:
         if self._bar is not None and self._task is not None:
@@ -74,3 +84,12 @@ class Reporter:
         if self._file is not None:
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._file.flush()
+
+
+def _silent() -> "Console":
+    """A console that nobody reads."""
+    import io
+
+    from rich.console import Console
+
+    return Console(file=io.StringIO())

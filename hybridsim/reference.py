@@ -1,7 +1,9 @@
 """ū(t) = restrict(u_fine(t)): fine runs, filtered to the coarse grids as they go, and kept under a hash of their recipe."""
 
+import contextlib
 import inspect
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from hybridsim import storage
 from hybridsim.compilation import SolverJit, written_anew
 from hybridsim.contract import AbstractSolver, AbstractStepper, full_step
 from hybridsim.grid import Grid, resample
+from hybridsim.journal import Journal
 from hybridsim.samples import gathered, over_samples
 
 COURANT = 0.5
@@ -68,24 +71,31 @@ def fine_run(
     u: Float[Array, "sample c *grid"],
     interval: float,
     frames: int,
-    watch: Callable[[int, Float[Array, "sample c *grid"]], None],
+    watch: Callable[[int, Float[Array, "sample c *grid"]], Mapping[str, np.ndarray] | None],
     *,
     courant: float = COURANT,
     dt: float | None = None,
     progress: Callable[[float], None] = lambda _: None,
+    journal: Journal | None = None,
 ) -> tuple[Float[Array, "sample c *grid"], float]:
     """Steps all samples together and shows them to `watch(frame, u)` at t = 0, interval, …, frames · interval.
 
     Δt is chosen anew in each interval: the largest that divides it with Courant number ≤ `courant` for the fastest sample, or `dt`
-    if one is given.
+    if one is given. What `watch` returns becomes a piece of the `journal`; a run that the journal knows goes on where it was, and
+    only what follows is shown.
     Returns the last states and the smallest Δt. Raises `FineRunError` when a state is no longer finite.
     """
     dtype = u.dtype
     solver = eqx.filter_jit(lambda s: s.prepare(dtype))(solver)
     z = eqx.filter_jit(lambda s, q: jax.vmap(s.encode)(q))(solver, u)
-    watch(0, u)
-    smallest = math.inf
-    for frame in range(1, frames + 1):
+    journal = Journal(None) if journal is None else journal
+    smallest, done = math.inf, 0
+    if (found := journal.latest((z, u))) is not None:
+        done, (z, u), meta = found
+        smallest = meta["smallest"]
+    else:
+        journal.add(watch(0, u) or {})
+    for frame in range(done + 1, frames + 1):
         limit = float(_stable(solver, u))
         if not (math.isfinite(limit) and limit > 1e-7 * interval):
             raise FineRunError(f"the fine run blew up before t = {(frame - 1) * interval:g}")
@@ -97,8 +107,14 @@ def fine_run(
         z, u = gathered(_leap(solver, stepper, coefficients, z, t, step.astype(dtype), jnp.asarray(count)))
         if not bool(jnp.isfinite(u).all()):
             raise FineRunError(f"the fine run stopped being finite between t = {(frame - 1) * interval:g} and {frame * interval:g}")
-        watch(frame, u)
-        progress(frame / frames)
+        journal.add(watch(frame, u) or {})
+        if journal.due():
+            journal.save(frame, (z, u), {"smallest": smallest})
+        try:
+            progress(frame / frames)
+        except BaseException:
+            journal.save(frame, (z, u), {"smallest": smallest})
+            raise
     return u, smallest
 
 
@@ -117,8 +133,12 @@ def warm_starts(
     grid: Grid,
     dtype: Any,
     progress: Callable[[float], None] = lambda _: None,
+    journals: Callable[[str], Journal | None] = lambda _: None,
 ) -> Float[Array, "sample c *grid"]:
-    """The states at t = 0 on `grid`: initial states, one per key, after `initial.warm_up` (see `RandomVelocity`)."""
+    """The states at t = 0 on `grid`: initial states, one per key, after `initial.warm_up` (see `RandomVelocity`).
+
+    `journals(name)` keeps what a stage of the warm-up has finished.
+    """
     coarse = grid.with_shape(initial.warm_up_shape) if getattr(initial, "warm_up_shape", None) else grid
     solver = solver_on(coarse)
     places = tuple(v.at for v in solver.variables)
@@ -128,12 +148,14 @@ def warm_starts(
     if total > 0:
         first = 0.9 * total if coarse.shape != grid.shape else total
         pieces = max(1, math.ceil(first))
-        u, _ = fine_run(solver, stepper, u, first / pieces, pieces, nothing, progress=lambda x: progress(0.6 * x))
+        part = lambda x: progress(0.6 * x)  # noqa: E731
+        u, _ = fine_run(solver, stepper, u, first / pieces, pieces, nothing, progress=part, journal=journals("coarse"))
         if coarse.shape != grid.shape:
             u = _refine(u, solver_on(grid), places)
             rest = total - first
             pieces = max(1, math.ceil(4 * rest))
-            u, _ = fine_run(solver_on(grid), stepper, u, rest / pieces, pieces, nothing, progress=lambda x: progress(0.6 + 0.4 * x))
+            part = lambda x: progress(0.6 + 0.4 * x)  # noqa: E731
+            u, _ = fine_run(solver_on(grid), stepper, u, rest / pieces, pieces, nothing, progress=part, journal=journals("fine"))
     elif coarse.shape != grid.shape:
         u = _refine(u, solver_on(grid), places)
     return u
@@ -153,7 +175,8 @@ class Frames:
     - `times`: `(frame,)`, float64, the first is 0.
     - `groups`: group name -> `(sample, frame, c, *grid)`, under the filter of that group's solver.
     - `pictures`: the fine states of sample 0 at `picture_times`, `(picture, c, *fine)`, float32.
-    - `dt`: smallest step of the fine run; `seconds`: what it took when it was made; `cached`: whether it was read from the cache.
+    - `dt`: smallest step of the fine run; `seconds`: what it took when it was made (of an interrupted one what its last process
+      did); `cached`: whether it was read from the cache.
     """
 
     times: np.ndarray
@@ -216,68 +239,105 @@ def make_frames(
 
     begin = time.perf_counter()
     share = 0.5 if getattr(initial, "warm_up", 0.0) > frames * interval else 0.2
-    u = cached_starts(
-        starts, lambda: warm_starts(solver_on, stepper, initial, keys, grid, dtype, lambda x: progress("warm-up", share * x)), dtype
-    )
+    warming = lambda x: progress("warm-up", share * x)  # noqa: E731
+    u = cached_starts(starts, lambda j: warm_starts(solver_on, stepper, initial, keys, grid, dtype, warming, j), dtype)
     solver = solver_on(grid)
     kept = np.dtype(dtype if store_as is None else store_as)
     filters = {
         name: eqx.filter_jit(jax.vmap(lambda q, s=target: s.restrict(q, grid, solver.variables)))
         for name, target in targets.items()
     }
-    series: dict[str, list[np.ndarray]] = {name: [] for name in targets}
-    shots: list[np.ndarray] = []
 
-    def watch(frame: int, q: Array) -> None:
-        for name, restrict in filters.items():
-            series[name].append(np.asarray(restrict(q), kept))
-        if frame in picture_frames:
-            shots.append(np.asarray(q[0], np.float32))
+    def watch(frame: int, q: Array) -> dict[str, np.ndarray]:
+        piece = {f"group/{name}": np.asarray(restrict(q), kept) for name, restrict in filters.items()}
+        return piece | ({"picture": np.asarray(q[0], np.float32)} if frame in picture_frames else {})
 
     rest = 0.9 if half else 1.0
     how = {"courant": courant, "dt": dt}
-    _, dt = fine_run(
-        solver, stepper, u, interval, frames, watch, **how, progress=lambda x: progress("reference", share + (rest - share) * x)
-    )
-    seconds = time.perf_counter() - begin
-    out = {name: np.stack(shown, axis=1) for name, shown in series.items()}
-    if half is not None and targets:
-        first = next(iter(targets.values()))
-        out[half] = _half_resolution(
-            solver_on, stepper, u, solver, interval, frames, first, kept, how,
-            lambda x: progress("reference: half resolution", rest + (1 - rest) * x),
-        )  # fmt: skip
-    picture_array = np.stack(shots) if shots else np.zeros((0,), np.float32)
-    tensors = {f"group/{name}": a for name, a in out.items()} | {"pictures": picture_array}
-    if keep:
-        storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
+    with Unfinished(key if keep else None) as unfinished:
+        journal = unfinished.journal("fine")
+        part = lambda x: progress("reference", share + (rest - share) * x)  # noqa: E731
+        _, dt = fine_run(solver, stepper, u, interval, frames, watch, **how, progress=part, journal=journal)
+        seconds = time.perf_counter() - begin
+        out = {name: np.stack([piece[f"group/{name}"] for piece in journal.pieces], axis=1) for name in targets}
+        shots = [piece["picture"] for piece in journal.pieces if "picture" in piece]
+        if half is not None and targets:
+            first = next(iter(targets.values()))
+            part = lambda x: progress("reference: half resolution", rest + (1 - rest) * x)  # noqa: E731
+            other = unfinished.journal("half")
+            out[half] = _half_resolution(solver_on, stepper, u, solver, interval, frames, first, kept, how, part, other)
+        picture_array = np.stack(shots) if shots else np.zeros((0,), np.float32)
+        tensors = {f"group/{name}": a for name, a in out.items()} | {"pictures": picture_array}
+        if keep:
+            storage.store_cached(key, tensors, {"dt": dt, "seconds": seconds})
+        unfinished.clear()
     return Frames(times, out, picture_array, times[picture_frames], dt, seconds)
 
 
-def cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[], Array], dtype: Any) -> Array:
-    """The states after the warm-up, from the cache if their recipe is known."""
+class Unfinished:
+    """What fine runs that the cache does not know yet have finished: a folder per key in the cache, owned by one process at a time.
+
+    Another process that makes the same data, or a cache that cannot be written, goes without. The folder goes when the data are in
+    the cache; what an interrupted process left is found by the next one that wants the same.
+    """
+
+    def __init__(self, key: str | None):
+        self.folder = None if key is None else storage.cache_folder() / "unfinished" / key
+        self._lock: storage.FolderLock | None = None
+
+    def __enter__(self) -> "Unfinished":
+        if self.folder is not None:
+            lock = storage.FolderLock(self.folder)
+            try:
+                lock.__enter__()
+                self._lock = lock
+            except storage.StorageError:
+                self.folder = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(*error)
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # if nothing is in it
+
+    def journal(self, name: str) -> Journal:
+        """The journal of one of the runs; in memory only where there is no folder."""
+        return Journal(None if self.folder is None else self.folder / name)
+
+    def clear(self) -> None:
+        """Removes everything: the data are made."""
+        if self.folder is not None:
+            for place in self.folder.iterdir():
+                if place.is_dir():
+                    shutil.rmtree(place, ignore_errors=True)
+
+
+def cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[Callable[[str], Journal]], Array], dtype: Any) -> Array:
+    """The states after the warm-up, from the cache if their recipe is known; `make` is given journals for its stages."""
     if recipe is None:
-        return make()
+        return make(lambda _: Journal(None))
     key = storage.recipe_hash({"starts": dict(recipe)}, dtype)
     found = storage.load_cached(key)
     if found is not None:
         return jnp.asarray(found[0]["u"])
-    u = make()
-    storage.store_cached(key, {"u": np.asarray(u)}, {})
+    with Unfinished(key) as unfinished:
+        u = make(unfinished.journal)
+        storage.store_cached(key, {"u": np.asarray(u)}, {})
+        unfinished.clear()
     return u
 
 
-def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, how, progress) -> np.ndarray:
+def _half_resolution(solver_on, stepper, u, solver, interval, frames, target, kept, how, progress, journal) -> np.ndarray:
     """The same starts, cut to half the resolution and run there, under the filter of `target`."""
     coarse = solver.grid.with_shape([n // 2 for n in solver.grid.shape])
     half = solver_on(coarse)
     start = jax.vmap(lambda q: half.restrict(q, solver.grid, solver.variables))(u)
     restrict = eqx.filter_jit(jax.vmap(lambda q: target.restrict(q, coarse, half.variables)))
-    series: list[np.ndarray] = []
-    fine_run(
-        half, stepper, start, interval, frames, lambda _, q: series.append(np.asarray(restrict(q), kept)), **how, progress=progress
-    )
-    return np.stack(series, axis=1)
+    watch = lambda _, q: {"half": np.asarray(restrict(q), kept)}  # noqa: E731
+    fine_run(half, stepper, start, interval, frames, watch, **how, progress=progress, journal=journal)
+    return np.stack([piece["half"] for piece in journal.pieces], axis=1)
 
 
 def sample_keys(seed: int, count: int) -> list[Array]:

@@ -1830,6 +1830,8 @@ def _normal(folder: Folder) -> str:
 
 def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
     """(name, title, caption, figure) of every figure that the folder has data for."""
+    from hybridsim.blowup_figure import blowup_figure
+
     words = _caption_words(folder)
     compared, window = words["compared"], words["window"]
     recipes = (
@@ -1940,6 +1942,12 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
             words["series"],
             "Means over starts, beside the reference under the same filter; × ends a diverged run." + words["rate"],
             energy_figure,
+        ),
+        (
+            "blowups",
+            "What diverged",
+            "The field at fault in the last finite state, one step before it was lost. Circle: where it was largest.",
+            blowup_figure,
         ),
         (
             "convergence",

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM as a question that a run asks between chunks: has anyone asked me to stop?"""
+"""Ctrl-C, SIGTERM and SIGUSR1 as questions that a run asks between chunks: am I to stop, am I to save now?"""
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -15,18 +16,19 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """128 + signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 + signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal."""
         return 128 + self.signal
 
 
 class Stop:
-    """The request to stop: `requested` is the signal's number, or None.
+    """The request to stop: `requested` is the signal's number, or None; `wants_save`: save now and go on (SIGUSR1).
 
     Nothing is interrupted in the middle of a chunk; a second Ctrl-C does not wait for the end of it.
     """
 
     def __init__(self):
         self.requested: int | None = None
+        self.wants_save = False
 
     def check(self) -> None:
         """Raise `Interrupted` if a stop was requested; call it where the state is saved."""
@@ -38,16 +40,25 @@ class Stop:
             raise KeyboardInterrupt
         self.requested = number
 
+    def _receive_save(self, number: int, frame: FrameType | None) -> None:
+        self.wants_save = True
+
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Take SIGINT and SIGTERM for as long as the block lasts (main thread only; elsewhere nothing is taken)."""
-        self.requested = None
+        """Take the signals for as long as the block lasts: SIGINT, SIGTERM and SIGHUP (the terminal was closed) ask for a stop,
+        SIGUSR1 for a save. Only the main thread may; elsewhere nothing is taken."""
+        self.requested, self.wants_save = None, False
+        receivers = {signal.SIGINT: self._receive, signal.SIGTERM: self._receive}
+        if sys.platform != "win32":
+            receivers[signal.SIGUSR1] = self._receive_save
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup means it
+                receivers[signal.SIGHUP] = self._receive
         before = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number, receiver in receivers.items():
                 # other threads may not set handlers
                 with contextlib.suppress(ValueError):
-                    before[number] = signal.signal(number, self._receive)
+                    before[number] = signal.signal(number, receiver)
             yield self
         finally:
             for number, handler in before.items():

@@ -22,14 +22,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
+
+T = TypeVar("T")
 
 FORMAT = "hybridsim tensors 1"
 LONGEST_HEADER = 16 * 2**20
@@ -569,6 +571,14 @@ def load_tree(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]:
     return _load_tree(Path(path), like, None)
 
 
+def load_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays by name, meta) of a file that `save_tree` wrote from a flat mapping of names to numpy arrays, verified."""
+    path = Path(path)
+    tensors, meta, _ = _read_tensors(path)
+    plain = {name.removeprefix("['").removesuffix("']"): tensor for name, tensor in tensors.items()}
+    return {name: _from_tensor(path, name, tensor, np.empty(0)) for name, tensor in plain.items()}, meta
+
+
 def _load_tree(path: Path, like: Any, file_sha256: str | None) -> tuple[Any, dict[str, Any]]:
     import jax
 
@@ -619,21 +629,27 @@ class Checkpoints:
             if other not in kept:
                 self._remove(other)
 
-    def latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    @overload
+    def latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None: ...
+    @overload
+    def latest(self, like: Any, also: Callable[[int], T]) -> tuple[int, Any, dict[str, Any], T] | None: ...
+    def latest(self, like: Any, also: Callable[[int], Any] | None = None) -> tuple[Any, ...] | None:
         """(step, tree, meta) of the newest checkpoint that is whole and fits `like`; None where there is none at all.
 
         One that is damaged or does not fit is passed over with a `StorageWarning`. If none can be used, that is an error.
+        `also` reads what belongs to a step and comes last in the answer; where it finds something damaged the step is passed over.
         """
         reasons = []
         for step in reversed(self.steps()):
             try:
                 tree, meta = self._load(step, like)
+                more = () if also is None else (also(step),)
             except StorageError as error:
                 reasons.append(str(error))
                 continue
             for reason in reasons:
                 warnings.warn(f"{reason}; going on from the checkpoint of step {step}", StorageWarning, stacklevel=2)
-            return step, tree, meta
+            return step, tree, meta, *more
         if reasons:
             raise StorageError(f"{self.folder}: no checkpoint can be used; start again without resuming. {reasons[0]}")
         return None

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from hybridsim import diagnostics, gas, losses
 from hybridsim.contract import AbstractClosure
+from hybridsim.journal import SAVE_EVERY, Cadence
 from hybridsim.model import Budget, Model, advance, frames_of
 from hybridsim.storage import Checkpoints, StorageError
 from hybridsim.symmetry import symmetries, turned
@@ -517,6 +518,7 @@ def train(
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
+    save_every: float = SAVE_EVERY,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Outcome:
     """Trains the closures of a model on windows of one or several references, all of which share the closures' weights.
@@ -526,7 +528,8 @@ def train(
     - `tasks`: what is learnt from; the first one's closures are where training starts.
     - `recipe`: how.
     - `seed`: of windows, noise and stochastic closures.
-    - `checkpoints`, `resume`: where the state is saved at every validation, and whether to go on from there, bit for bit.
+    - `checkpoints`, `resume`: where the state is saved, at every validation and every `save_every` seconds, and whether to go on
+      from there, bit for bit.
     - `report`: called after every update with its record; may raise to stop: the state is saved first.
 
     Updates whose loss or gradient is not finite are skipped and counted; too many in a row lead back to the last validated
@@ -587,6 +590,8 @@ def train(
         firsts = {int(length): seconds for length, seconds in meta["firsts"].items()}
     state = jax.tree.map(jnp.array, state)
 
+    cadence = Cadence(save_every)
+
     def save() -> None:
         if checkpoints is not None:
             meta = {
@@ -599,7 +604,9 @@ def train(
                 "seed": seed,
                 "data": data,
             }
+            clock = time.monotonic()
             checkpoints.save(int(state.update), state, meta)
+            cadence.saved(time.monotonic() - clock)
 
     def exhausted() -> bool:
         return bool(recipe.stop_after) and int(state.stale) >= recipe.stop_after
@@ -656,7 +663,7 @@ def train(
                 )
                 spent += time.perf_counter() - clock
             history.append(record)
-            if "validation" in record:
+            if "validation" in record or cadence.due():
                 save()
             try:
                 report(record)

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from hybridsim import losses, storage
+from hybridsim import losses, resuming, storage
+from hybridsim.estimates import check_need, need_of_training
+from hybridsim.journal import SAVE_EVERY
 from hybridsim.model import Model
 from hybridsim.progress import Reporter
 from hybridsim.reference import COURANT, FineRunError, Frames, make_frames, sample_keys
@@ -233,21 +235,32 @@ def check_fit(experiment: "Experiment", recipe: Recipe) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------------------
 
 
-def train_experiment(experiment: "Experiment", folder: Path, resume: bool, console: "Console") -> int:
-    """Everything that `hybridsim train` does: data, one training per seed, weights, scores on the test starts."""
+def train_experiment(
+    experiment: "Experiment", folder: Path, resume: bool, console: "Console", *, force: bool = False, save_every: float = SAVE_EVERY
+) -> int:
+    """Everything that `hybridsim train` does: data, one training per seed, weights, a card; options as for `run_experiment`."""
     spec = experiment.spec.train
     assert spec is not None
     recipe = recipe_of(spec)
     check_fit(experiment, recipe)
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
         try:
-            return train_locked(experiment, recipe, folder, resume, say)
+            return train_locked(experiment, recipe, folder, resume, say, force=force, save_every=save_every)
         except (TrainingDiverged, FineRunError) as error:
             say.line(str(error))
             return 3
 
 
-def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume: bool, say: Reporter) -> int:
+def train_locked(
+    experiment: "Experiment",
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    say: Reporter,
+    *,
+    force: bool = False,
+    save_every: float = SAVE_EVERY,
+) -> int:
     """`train_experiment` in a folder whose lock is held."""
     import yaml
 
@@ -255,16 +268,12 @@ def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume:
     assert spec is not None
     label = spec.run
     work = folder / "training"
-    marker = work / "config_hash.json"
-    if resume and marker.exists() and storage.read_json(marker) != experiment.config_hash:
-        raise storage.StorageError(
-            f"{work}: holds the training of another configuration; resume with the same YAML, or train into another --out"
-        )
-    if not (resume and marker.exists()) and work.exists():
+    needed = check_need(need_of_training(experiment), folder)
+    if not (resume and (work / resuming.BEGUN).exists()) and work.exists():
         # What another recipe left must never be taken for the training of this one.
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
-    storage.write_json(marker, experiment.config_hash)
+    resume = resuming.begin(work, experiment, "training", resume, force)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
     environment = storage.environment()
@@ -274,6 +283,7 @@ def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume:
         f"training {label} of {experiment.name}: {count} parameter{'s' if count > 1 else ''}, "
         f"seeds {', '.join(map(str, spec.seeds))} → {folder}"
     )
+    say.line(needed)
     if note := experiment.shortened(label, first_model.dt):
         say.line(f"{label}: {note}")
 
@@ -340,6 +350,7 @@ def train_locked(experiment: "Experiment", recipe: Recipe, folder: Path, resume:
                 seed=seed,
                 checkpoints=storage.Checkpoints(work / f"seed-{seed}"),
                 resume=resume,
+                save_every=save_every,
                 report=report,
             )
         finally:

@@ -11,8 +11,8 @@ import pytest
 from flows import BOTH, default_stepper, kolmogorov, random_flow, relative, solver_of, square
 from test_model import _double_values
 
+from hybridsim import blowups, storage
 from hybridsim import experiment as running
-from hybridsim import storage
 from hybridsim.config import experiment_from
 from hybridsim.contract import Flux, PostStep, Source
 from hybridsim.model import MOST_STEPS, Model, State, advance, rollout
@@ -280,8 +280,10 @@ def test_a_blow_up_is_located(kind, closure):
     _, (chunk, _) = running._chunk(model, running._prepare(model, u.dtype), state, frames, 1)
     good = np.isfinite(chunk[1]).all(axis=(1, 2, 3))
     assert 0 < good.sum() < frames
-    found = running._locate(model, state, 1, frames, 1)
+    found, before, at = blowups.locate(model, state, 1, frames, 1)
+    assert np.isfinite(before).all()
     last = 0.125 * good.sum()
+    assert last - 1e-6 <= at <= found.t
     assert last - 1e-6 <= found.t <= last + 0.125 + 1e-6
     assert found.sample == 1
     assert found.step > good.sum()

@@ -155,23 +155,24 @@ def test_the_folder_of_the_results_may_not_be_a_file(folder: Path):
 def test_commands_hand_over_and_return_the_exit_code(folder: Path, monkeypatch, command: str, name: str):
     calls = []
 
-    def work(experiment, place, resume, console):
-        calls.append((experiment.name, place, resume))
+    def work(experiment, place, resume, console, *, force, save_every):
+        calls.append((experiment.name, place, resume, force, save_every))
         return 3
 
     module = types.ModuleType(name)
     setattr(module, f"{command}_experiment", work)
     monkeypatch.setitem(sys.modules, name, module)
     assert invoke(command, "case.yaml").exit_code == 3
-    assert invoke(command, "case.yaml", "runs.bare.dt=0.01", "--out", "there", "--resume").exit_code == 3
-    assert calls == [("case", Path("runs/case"), False), ("case", Path("there"), True)]
+    changed = ["runs.bare.dt=0.01", "--out", "there", "--resume", "--force", "--save-every", "0"]
+    assert invoke(command, "case.yaml", *changed).exit_code == 3
+    assert calls == [("case", Path("runs/case"), False, False, 10.0), ("case", Path("there"), True, True, 0.0)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_between_chunks(folder: Path, monkeypatch, number: int, code: int):
     done = []
 
-    def work(experiment, place, resume, console):
+    def work(experiment, place, resume, console, **_):
         for chunk in range(5):
             if chunk == 2:
                 os.kill(os.getpid(), number)
@@ -213,7 +214,7 @@ def test_a_second_ctrl_c_does_not_wait():
 def test_a_storage_error_is_one_line(folder: Path, monkeypatch):
     from hybridsim.storage import StorageError
 
-    def work(*_):
+    def work(*_, **__):
         raise StorageError("runs/case: the disk is full;\nfree some space")
 
     module = types.ModuleType("hybridsim.experiment")

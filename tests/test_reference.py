@@ -13,7 +13,7 @@ from hybridsim.solvers.steppers import ETDRK4
 # --- reference -------------------------------------------------------------------------------------------------------------------
 
 
-def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, window=0.1, **changed):  # noqa: B008
+def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, window=0.1, frames=2, **changed):  # noqa: B008
     solver_on = lambda grid: solver_of("spectral", grid, 1e-2, kolmogorov())  # noqa: E731
     targets = {
         "spectral_12x12": solver_of("spectral", square(12), 1e-2),
@@ -22,8 +22,8 @@ def _frames(initial=RandomVelocity(2.0, 3.0), seed=1, window=0.1, **changed):  #
     }
     options = {"half": "half", "pictures": 2} | changed
     return reference.make_frames(
-        {"seed": seed, "initial": repr(initial), "window": window}, solver_on, ETDRK4(), initial,
-        reference.sample_keys(seed, 2), square(24), np.float64, window, 2, targets, **options,
+        {"seed": seed, "initial": repr(initial), "window": window, "frames": frames}, solver_on, ETDRK4(), initial,
+        reference.sample_keys(seed, 2), square(24), np.float64, window, frames, targets, **options,
     )  # fmt: skip
 
 
@@ -111,6 +111,54 @@ def test_starts_are_kept_for_other_windows(monkeypatch):
     assert len(made) == 2
     np.testing.assert_array_equal(first.groups["fine_24x24"][:, 0], second.groups["fine_24x24"][:, 0])
     assert not np.array_equal(first.groups["fine_24x24"][:, 0], third.groups["fine_24x24"][:, 0])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_fine_run_that_was_stopped_goes_on_bit_for_bit(monkeypatch, tmp_path):
+    initial = RandomVelocity(2.0, 1.0, warm_up=2.0, warm_up_shape=(16, 16))
+    how = {"starts": {"a": 1}, "frames": 3}
+    whole = _frames(initial, **how)
+    monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "another"))
+    said: list[list[tuple[str, float]]] = []
+
+    def stop_after(count):
+        said.append([])
+
+        def progress(what, fraction):
+            said[-1].append((what, fraction))
+            if len(said[-1]) == count:
+                raise Killed
+
+        return progress
+
+    # stopped in the coarse warm-up, in the fine one, in the run itself, in that at half the resolution
+    for count in (1, 2, 3, 3):
+        with pytest.raises(Killed):
+            _frames(initial, **how, progress=stop_after(count))
+    last = [steps[-1][0] for steps in said]
+    assert last[0] == "warm-up"
+    assert last[-2:] == ["reference", "reference: half resolution"]
+    assert [steps[0][1] for steps in said] == sorted(steps[0][1] for steps in said)  # each goes on where the one before was
+    resumed = _frames(initial, **how)
+    assert not resumed.cached
+    for name, array in whole.groups.items():
+        np.testing.assert_array_equal(resumed.groups[name], array)
+    np.testing.assert_array_equal(resumed.pictures, whole.pictures)
+    assert resumed.dt == whole.dt
+    assert not list((tmp_path / "another" / "unfinished").iterdir())
+
+
+@pytest.mark.usefixtures("x64")
+def test_two_processes_may_make_the_same_reference():
+    with reference.Unfinished(64 * "a") as mine, reference.Unfinished(64 * "a") as other:
+        assert mine.journal("fine").folder is not None
+        assert other.journal("fine").folder is None
+        other.clear()
+    assert not (storage.cache_folder() / "unfinished" / (64 * "a")).exists()
 
 
 def test_samples_have_their_own_keys():

@@ -96,7 +96,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, tmp_path, console, mon
 
     monkeypatch.setattr(storage.Checkpoints, "save", save_and_stop)
     with pytest.raises(Interrupted) as stop:
-        run_experiment(experiment(tmp_path), folder, False, console)
+        run_experiment(experiment(tmp_path), folder, False, console, save_every=0.0)
     STOP.requested = None
     assert stop.value.exit_code == 143
     assert (folder / "both.nc").exists() or (folder / "spectral.nc").exists()
@@ -121,8 +121,17 @@ def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatc
     with pytest.raises(Interrupted):
         run_experiment(experiment(tmp_path), folder, False, console)
     STOP.requested = None
-    with pytest.raises(storage.StorageError, match="another configuration"):
+    with pytest.raises(storage.StorageError, match=r"another configuration: samples\.seed was 7, is 8; resume with the same YAML"):
         run_experiment(experiment(tmp_path, samples={"count": 1, "seed": 8}), folder, True, console)
+    with pytest.raises(storage.StorageError, match=r"title was 'case', is 'Other'; it changes no state: --force goes on with it"):
+        run_experiment(experiment(tmp_path, title="Other"), folder, True, console)
+    marker = folder / "state" / "begun.json"
+    begun = storage.read_json(marker)
+    storage.write_json(marker, {**begun, "environment": {**begun["environment"], "jax": "0.1"}})
+    with pytest.raises(storage.StorageError, match=r"was computed with jax 0\.1, here it is .*--force goes on"):
+        run_experiment(experiment(tmp_path), folder, True, console)
+    monkeypatch.setattr(storage.Checkpoints, "save", real)
+    assert run_experiment(experiment(tmp_path, title="Other"), folder, True, console, force=True) == 0
 
 
 def test_a_blow_up_is_an_outcome(tmp_path, x64, console):
@@ -146,6 +155,14 @@ def test_a_blow_up_is_an_outcome(tmp_path, x64, console):
     assert not good[:, -1].any()
     # No frame is half good, and nothing good follows a bad one.
     assert (np.isnan(u).all(axis=(2, 3)) == ~good).all()
+    # The last finite state is kept, one step before the fault, with what may help.
+    last = storage.open_dataset(tmp_path / "wild/blowups/wild.nc")
+    assert all(np.isfinite(last[name].values).all() for name in ("u", "v"))
+    assert last.attrs["step"] * 0.4 == pytest.approx(float(last["time"][0]) + 0.4, rel=1e-5)
+    assert last.attrs["outcome"] in summary["outcome"]
+    assert summary["advice"][0].startswith("dt 0.4 ")
+    assert "choose less, or cfl" in last.attrs["advice"]
+    assert (tmp_path / "wild/figures/blowups.png").exists()
     runs["wild"]["may_diverge"] = True
     allowed = experiment(tmp_path, runs=runs, **rest)
     assert run_experiment(allowed, tmp_path / "allowed", False, console) == 0
