@@ -347,3 +347,20 @@ def test_the_benchmark_for_gpus_runs_on_a_tiny_case(tmp_path):
     assert set(found["closures"]) == {"kolmogorov_ps32"}
     assert {"ps32_bare", "ps36", "ps36_40"} <= {r["label"] for r in found["rungs"]}
     assert all(r["throughput"] > 0 for r in found["rungs"])
+
+
+def test_rivals_of_other_codes_take_part_where_they_are_installed():
+    rival = {"solver": {"use": "spectral", "dealias": "two_thirds"}, "shape": [64], "dt": 0.5}
+    runs = ["ps64_bare", "ps64_learned_0"]
+    family = Family(
+        experiment="ks_scores.yaml",
+        runs=runs,
+        peers={"exponax": {"theirs": {**rival, "stepper": "exponax"}}, "no_such_package": {"others": rival}},
+        ladders={"theirs": [80], "others": [80]},
+    )
+    plan = FamilyPlan("waves", family, quick=False)
+    assert list(plan.runs) == ["ps64_bare", "ps64_learned_0", "theirs", "theirs_80"]
+    assert plan.missing == {"no_such_package": ["others"]}
+    assert method_of(Run.model_validate(plan.runs["theirs_80"])) == "spectral (two thirds) exponax"
+    with pytest.raises(ConfigError, match=r"families.waves.peers: 'os.path' is not the name of a package"):
+        FamilyPlan("waves", Family(experiment="ks_scores.yaml", peers={"os.path": {"x": rival}}), quick=False)

@@ -111,7 +111,7 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch):
             spent += 3.0
             cadence.saved(3.0)
     assert 0 < spent / clock[0] <= 1.05 * journals.SHARE  # the first one comes before its price is known
-    with pytest.raises(ValueError, match=r"every: -1 seconds; 0 or more are possible"):
+    with pytest.raises(ValueError, match=r"every: -1.0 seconds; 0 or more are possible"):
         Cadence(-1.0)
 
 
