@@ -21,6 +21,7 @@ _hook = jaxtyping.install_import_hook("hybridsim", "beartype.beartype")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from reliability_table import pytest_addoption, pytest_configure, reliability  # noqa: E402, F401
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
