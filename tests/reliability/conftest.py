@@ -1,0 +1,40 @@
+"""`pytest -m reliability`: every row of the table of faults. The quick cases belong to the default tests (about two minutes on one
+core); the full ones are marked slow as well and take about an hour on one core: 200 kills and 50 signals of `run` and `train` half
+of it, every call of the writer ten minutes, the matrix of resumed solvers and ten thousand Riemann problems the rest. `--cases N`
+makes the campaigns as long as there is time for.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+from commands import Command, make_command
+from forked import Forked
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "reliability":
+            item.add_marker(pytest.mark.reliability)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Forked]:
+    """Commands in forked processes."""
+    found = Forked()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def command(server: Forked, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Command]:
+    """`command("run")` or `command("train")`, with its uninterrupted result."""
+    place = tmp_path_factory.mktemp("uninterrupted")
+    return cache(lambda name: make_command(name, server, place / name))
+
+
+@pytest.fixture
+def how_many(request: pytest.FixtureRequest):
+    """`how_many(n)`: the number of cases of a campaign, `--cases` if that is given."""
+    given = request.config.getoption("--cases", None)
+    return lambda full: full if given is None else given
