@@ -79,6 +79,7 @@ SCHEMES = [
 COURANT = 0.1
 
 
+@pytest.mark.reliability("R10")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("closed", [pytest.param(False, id="bare"), pytest.param(True, id="closure", marks=pytest.mark.slow)])
@@ -86,7 +87,7 @@ COURANT = 0.1
     ("reconstruction", "riemann", "stepper"),
     [pytest.param(*s, marks=[pytest.mark.slow] * (s[1] in ("llf", "hllc_low_mach") or s[0] == "ppm")) for s in SCHEMES],
 )
-def test_no_density_or_pressure_is_lost(reconstruction, riemann, stepper, closed, count):
+def test_no_density_or_pressure_is_lost(reconstruction, riemann, stepper, closed, count, reliability):
     solver = gas(tube(CELLS), GAMMA, reconstruction=reconstruction, riemann=riemann)
     u = random_problems(count)
     closures = random_closures(solver, count) if closed else ()
@@ -101,6 +102,8 @@ def test_no_density_or_pressure_is_lost(reconstruction, riemann, stepper, closed
     assert np.isfinite(end).all()
     # A closure of deviation 100 may heat gas within one stage until Δt is beyond the limiter's bound: that must be on record.
     within = rows["bound_violations"] == 0
+    lost = int((~(low > 0).all(axis=1) & within).sum())
+    reliability("R10", not lost, f"{reconstruction} {riemann}: {lost} below zero", cases=int(within.sum()), failed=lost)
     assert within.mean() >= (0.998 if closed else 1)
     assert (low[within] > 0).all()
     for name in ("floor_events", "floor_mass", "floor_energy"):

@@ -40,7 +40,7 @@ class Shim:
         self.acting = False
 
     def note(self, **values: Any) -> None:
-        os.write(self.notes, json.dumps({**values, "time": time.monotonic()}).encode() + b"\n")
+        os.write(self.notes, json.dumps({**values, "time": time.monotonic(), "cpu": time.process_time()}).encode() + b"\n")
 
     def _die(self) -> None:
         number = self.fault.get("signal", signal.SIGKILL)
