@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from commands import RUN, TRAIN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_config import PLAIN, WALLS, _paths
+from test_resumed_exactly import case
 
 from hybridsim import config
 from hybridsim.config import Experiment, apply_override, experiment_from, load_experiment
@@ -235,6 +237,25 @@ def test_every_key_with_a_known_range_refuses_what_lies_outside(tmp_path: Path, 
                 wrong += [f"{base}: {text}" for text in complaints(base, path, "replace", junk, tmp_path)]
     reliability("R8", not wrong, "; ".join(wrong), cases=tried, failed=len(wrong))
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.reliability("R8")
+@pytest.mark.parametrize(("family", "dims"), [("kuramoto_sivashinsky", 1), ("navier_stokes", 2), ("compressible", 2)])
+def test_a_stepper_goes_with_its_solver_or_is_refused(tmp_path: Path, reliability, family: str, dims: int):
+    wrong, tried = [], 0
+    for solver in config.solver_tables()[family]:
+        for stepper in config.catalogue("steppers"):
+            try:
+                found = experiment_from(case(family, solver, dims, stepper=stepper), tmp_path / "case.yaml")
+            except ConfigError:
+                continue
+            tried += 1
+            try:
+                found.model_for("one").prepare(np.float32)
+            except Exception as error:
+                wrong.append(f"accepted {stepper} for {family} {solver}, then: {error}")
+    reliability("R8", not wrong, "; ".join(wrong), cases=tried, failed=len(wrong))
+    assert not wrong
 
 
 TEXT = yaml.safe_dump(BASES["training"], default_flow_style=None, sort_keys=False)
