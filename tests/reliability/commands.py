@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ class Command:
     server: Forked
     folder: Path
     done: Done
+
+    @cached_property
+    def warm(self) -> Done:
+        """The same with a cache that has everything: fewer calls, and fewer seconds."""
+        place = self.folder.parent / f"{self.name}-warm"
+        self.prepare(place)
+        found = self.start(place)
+        assert found.code == 0, found.err
+        return found
 
     @property
     def words(self) -> list[str]:

@@ -1,7 +1,7 @@
 """`python -m tests.reliability.overhead [2D|3D ...]`: the share of a run that saving its state takes, at the default interval.
 
-Runs of 256² and 64³ cells through the command's own loop, each for half a minute or more. What stands between hybridsim and the disk
-is timed: frames, states, their digests, fsync and the removal of old ones. To be below 3 %.
+Runs of 256² and 64³ cells through the command's own loop, each for half a minute or more. What stands between hybridsim and the
+disk is timed: frames, states, their digests, fsync and the removal of old ones. To be below 3 %.
 """
 
 import sys

@@ -16,7 +16,7 @@ RUN = {
 
 
 @pytest.mark.reliability("R13")
-@pytest.mark.parametrize(("frames", "per_frame"), [(300, 100), pytest.param(1_000, 1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("frames", "per_frame"), [(200, 100), pytest.param(1_000, 1_000, marks=pytest.mark.slow)])
 def test_many_steps(server, tmp_path, frames, per_frame, reliability):
     """`frames` · `per_frame` steps in chunks of ten frames, a checkpoint after each."""
     end = 0.1 * frames * per_frame

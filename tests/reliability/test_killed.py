@@ -10,38 +10,36 @@ from commands import complaint, leftovers
 STATE = ("/state/", "/training/seed-", "/unfinished/")
 
 
-def checkpoint_calls(command):
+def checkpoint_calls(done):
     """Numbers of the calls that write a checkpoint, its frames or its manifest."""
-    return [c["call"] for c in command.done.calls if any(s in c["path"] for s in STATE) and c["kind"] != "remove"]
+    return [c["call"] for c in done.calls if any(s in c["path"] for s in STATE) and c["kind"] != "remove"]
 
 
-def draw(command, rng, number, when=("before", "half", "after")):
+def draw(done, rng, number, when=("before", "half", "after")):
     """(fault, seconds): at a call of the writer, half of them while a checkpoint is written, else at an instant from outside."""
-    written = checkpoint_calls(command)
     kind = number % 4
     if kind in (0, 2):
-        return {"at": int(rng.choice(written)), "when": str(rng.choice(when))}, None
+        return {"at": int(rng.choice(checkpoint_calls(done))), "when": str(rng.choice(when))}, None
     if kind == 1:
         # the loop itself lasts a moment only; slower calls make it a fair part of the whole
         slow = 0.005
-        # what the first run computed and compiled comes from the cache now
-        whole = 0.5 * command.done.seconds + slow * len(command.done.calls)
-        return {"slow": slow}, float(rng.uniform(0.1, whole))
-    return {"at": int(rng.integers(1, len(command.done.calls) + 1)), "when": str(rng.choice(when))}, None
+        return {"slow": slow}, float(rng.uniform(0.1, done.seconds + slow * len(done.calls)))
+    return {"at": int(rng.integers(1, len(done.calls) + 1)), "when": str(rng.choice(when))}, None
 
 
 def killed(command, place, rng, number):
     """One case: what was wrong, or nothing; None if it ended before it was killed."""
     # every fifth begins with an empty cache, so that data and compiled programs are written under fire too
-    command.prepare(place, warm=number % 5 != 4)
-    fault, after = draw(command, rng, number)
+    warm = number % 5 != 4
+    command.prepare(place, warm=warm)
+    fault, after = draw(command.warm if warm else command.done, rng, number)
     found = command.start(place, fault={"do": "kill", **fault} if after is None else fault, after=after)
     if found.code != -signal.SIGKILL:
         return None if found.code == 0 else f"exit code {found.code} before the kill: {found.err}"
     wrong = command.unwhole(place)
     if rng.random() < 0.3:
         # and once more while it resumes
-        fault, after = draw(command, rng, 0)
+        fault, after = draw(command.warm, rng, 0)
         command.resume(place, fault={"do": "kill", **fault})
         wrong += command.unwhole(place)
     done = command.resume(place)
@@ -72,7 +70,7 @@ def campaign(command, tmp_path, seed, count, one, row, reliability):
     ("name", "count"),
     [
         ("run", 2),
-        ("train", 1),
+        pytest.param("train", 2, marks=pytest.mark.slow),
         pytest.param("run", 130, marks=pytest.mark.slow),
         pytest.param("train", 70, marks=pytest.mark.slow),
     ],
@@ -84,9 +82,10 @@ def test_kill_9_and_resume(command, tmp_path, name, count, reliability, how_many
 
 def stopped(command, place, rng, number):
     """One case: asked to stop by SIGTERM or SIGINT; None if it ended before it noticed."""
-    command.prepare(place, warm=number % 5 != 4)
+    warm = number % 5 != 4
+    command.prepare(place, warm=warm)
     asked = (signal.SIGTERM, signal.SIGINT)[number % 2]
-    fault, after = draw(command, rng, number // 2, when=("before", "after"))
+    fault, after = draw(command.warm if warm else command.done, rng, number // 2, when=("before", "after"))
     kind = {"signal": int(asked)}
     found = command.start(place, fault={**fault, **kind} if after is not None else {"do": "signal", **fault, **kind}, after=after)
     if found.code == 0:

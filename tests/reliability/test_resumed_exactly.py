@@ -205,9 +205,9 @@ SOME = {
     "flow, noise and memory": with_closure("navier_stokes", "finite_volume", 2, "mine.py:Noisy", precision="float64"),
     "flow, learned flux": with_closure("navier_stokes", "spectral", 2, "learned_flux", stepper="crank_nicolson_rk4"),
     "gas, adaptive": case("compressible", "finite_volume", 2, stepper="vl2", **ADAPTIVE),
-    "gas, random force": stirred(precision="float64"),
 }
 MORE = {
+    "gas, random force": stirred(precision="float64"),
     "waves, adaptive": case("kuramoto_sivashinsky", "finite_volume", 1, **ADAPTIVE, stepper="etdrk2"),
     "flow, adaptive": case("navier_stokes", "spectral", 2, **ADAPTIVE, precision="float64"),
     "flow, adaptive, noise and memory": with_closure("navier_stokes", "finite_volume", 2, "mine.py:Noisy", **ADAPTIVE),
