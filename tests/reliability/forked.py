@@ -87,8 +87,8 @@ class Shim:
         class Handle:
             """A file whose writes are calls."""
 
-            def __init__(self, path: Path, file: Any):
-                self.path, self.file = path, file
+            def __init__(self, kind: str, path: Path, file: Any):
+                self.kind, self.path, self.file = kind, path, file
 
             def __enter__(self) -> "Handle":
                 return self
@@ -96,14 +96,17 @@ class Shim:
             def __exit__(self, *_: object) -> None:
                 self.file.close()
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.file, name)
+
             def write(self, data: Any) -> int:
-                view = memoryview(data)
-                return shim.call(
-                    "write",
-                    self.path,
-                    lambda: self.file.write(view),
-                    lambda: (self.file.write(view[: len(view) // 2]), self.file.flush()),
-                )
+                data = data if isinstance(data, str) else memoryview(data)
+
+                def half() -> None:
+                    self.file.write(data[: len(data) // 2])
+                    self.file.flush()
+
+                return shim.call(self.kind, self.path, lambda: self.file.write(data), half)
 
         class System:
             """`os` as `storage` and `shutil` see it."""
@@ -130,7 +133,8 @@ class Shim:
 
         def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             file = true_open(path, mode, *args, **kwargs)
-            return Handle(path, file) if mode == "wb" and path.suffix == ".part" else file
+            kind = {"wb": "write", "a": "log"}.get(mode)
+            return file if kind is None or (kind == "write" and path.suffix != ".part") else Handle(kind, path, file)
 
         def unlinked(path: Path, *args: Any, **kwargs: Any) -> None:
             if path.suffix in (".part", "") or not path.exists():

@@ -122,3 +122,22 @@ def stopped(command, place, rng, number):
 def test_stopped_and_resumed(command, tmp_path, name, count, reliability, how_many):
     count = how_many(count) if count > 10 else count
     campaign(command(name), tmp_path, 1000 + count, count, stopped, "R3", reliability)
+
+
+@pytest.mark.reliability("R1")
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_while_the_state_of_a_finished_run_is_removed(command, tmp_path, count, reliability):
+    """All results are there, and some of the state is gone: that must not stand in the way of a resume."""
+    it, rng, failures = command("run"), np.random.default_rng(count), []
+    last = [c for c in it.warm.calls if c["kind"] == "remove"]
+    last = last[max(i for i, c in enumerate(last) if "/" in c["path"]) + 1 :] or last[-1:]
+    for i in rng.permutation(len(last))[:count]:
+        place = tmp_path / f"{i}"
+        it.prepare(place)
+        found = it.start(place, fault={"do": "kill", "at": last[i]["call"], "when": "after"})
+        assert found.code == -signal.SIGKILL
+        done = it.resume(place)
+        wrong = it.differences(place) if done.code == 0 else [done.err.strip()]
+        reliability("R1", not wrong, "; ".join(wrong))
+        failures += wrong
+    assert not failures, "\n".join(failures)
