@@ -634,12 +634,14 @@ SENTENCES = [
 ]
 
 
+@pytest.mark.reliability("R8")
 @pytest.mark.parametrize(("override", "sentence"), SENTENCES, ids=[o[:50] for o, _ in SENTENCES])
 def test_refusals_word_for_word(folder: Path, override: str, sentence: str):
     found = refusal(folder, override)
     assert found == sentence or (sentence.endswith("found") and found.startswith(sentence))
 
 
+@pytest.mark.reliability("R4")
 def test_a_grid_beyond_the_memory_is_refused_with_its_size(folder: Path, monkeypatch):
     monkeypatch.setattr(config, "machine_memory", lambda: 16.0 * config.GIB)
     sentence = refusal(folder, "reference.shape=[100000, 100000]")
@@ -722,6 +724,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.reliability("R8")
 @pytest.mark.parametrize(("text", "sentence"), TEXTS.values(), ids=TEXTS)
 def test_broken_and_hostile_text(folder: Path, text: str, sentence: str):
     before = time.process_time()

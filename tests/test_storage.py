@@ -77,6 +77,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.reliability("R2")
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
@@ -103,6 +104,7 @@ def test_a_failing_call_keeps_the_old_file(tmp_path, monkeypatch, call, code, wr
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.reliability("R2")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_write_beyond_the_file_size_limit_keeps_the_old_file(tmp_path, writer):
     """A real fault of the operating system in the middle of the data."""
@@ -121,6 +123,7 @@ def test_a_write_beyond_the_file_size_limit_keeps_the_old_file(tmp_path, writer)
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.reliability("R2")
 def test_a_failing_sync_of_the_folder_is_reported(tmp_path, monkeypatch):
     true, calls = os.fsync, []
 
@@ -171,6 +174,7 @@ for step in itertools.count(1):
 """
 
 
+@pytest.mark.reliability("R1")
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
     like = {"u": np.zeros(40_000, int), "step": 0}
     for trial in range(3):
@@ -375,6 +379,7 @@ def hostile_headers():
     yield "beyond the end", file({"__metadata__": meta, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"1" * 8)
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize(("name", "data"), list(hostile_headers()), ids=lambda v: v if isinstance(v, str) else "")
 def test_hostile_files_are_refused_quickly(tmp_path, name, data):
     path = tmp_path / "hostile.safetensors"
@@ -445,6 +450,7 @@ def damage(folder, how):
         manifest.write_text(how)
 
 
+@pytest.mark.reliability("R6")
 @pytest.mark.parametrize(
     "how",
     [
@@ -466,6 +472,7 @@ def test_a_bad_checkpoint_falls_back_to_the_previous_one(tmp_path, how):
         checkpoints.latest(state(0))
 
 
+@pytest.mark.reliability("R6")
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path):
     checkpoints = storage.Checkpoints(tmp_path)
     checkpoints.save(30, {"a": 1})
@@ -480,6 +487,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path):
                 checkpoints.latest({"a": 0})
 
 
+@pytest.mark.reliability("R2")
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("nth", [1, 2, 3, 4])
 def test_a_failing_checkpoint_leaves_the_previous_one(tmp_path, monkeypatch, call, nth):
@@ -600,6 +608,7 @@ def test_groups_round_trip(tmp_path):
     one_line(error)
 
 
+@pytest.mark.reliability("R6")
 def test_flipped_bits_in_compressed_fields_are_noticed(tmp_path):
     path = tmp_path / "bare.nc"
     ds = xr.Dataset({"u": (("x", "y"), np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32))})
@@ -613,6 +622,7 @@ def test_flipped_bits_in_compressed_fields_are_noticed(tmp_path):
             storage.open_dataset(path)
 
 
+@pytest.mark.reliability("R7")
 def test_a_decompression_bomb_is_refused(tmp_path):
     import netCDF4
 
@@ -657,6 +667,7 @@ def test_the_numerical_sources_exist():
     assert all((engine / name).exists() for name in storage.NUMERICAL_SOURCES)
 
 
+@pytest.mark.reliability("R6")
 def test_a_damaged_cache_entry_is_noticed(tmp_path):
     key = storage.recipe_hash({"a": 1}, np.float32, sources=False)
     tensors = {"spectral_32x32/u": np.arange(5.0), "z": jnp.ones(3, np.complex64)}
@@ -693,6 +704,7 @@ def test_a_full_cache_does_not_stop_a_run(monkeypatch):
 # --- one owner per folder
 
 
+@pytest.mark.reliability("R11")
 def test_a_second_owner_is_refused(tmp_path):
     folder = tmp_path / "run"
     with storage.FolderLock(folder):
@@ -705,6 +717,7 @@ def test_a_second_owner_is_refused(tmp_path):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.reliability("R11")
 def test_the_lock_of_a_killed_owner_is_free(tmp_path):
     code = (
         "import sys, time; from hybridsim import storage\nwith storage.FolderLock(sys.argv[1]): print(flush=True); time.sleep(60)"

@@ -248,6 +248,7 @@ FULL = dataclasses.replace(
 )
 
 
+@pytest.mark.reliability("R5")
 @pytest.mark.parametrize("recipe", [TINY, FULL], ids=["plain", "everything"])
 def test_loss_falls_and_an_interrupted_training_resumes_bit_for_bit(tmp_path, recipe):
     model, data = _problem()

@@ -61,10 +61,10 @@ def failed(command, place, fault, call):
     ],
 )
 def test_every_call_of_the_writer_may_fail(command, tmp_path, name, count, reliability, how_many):
-    """All calls of a run, or a few of each kind; of a training, where they repeat themselves, one in four."""
+    """All calls of a run, or a few of each kind; of a training, where they repeat themselves, one in eight."""
     count = how_many(count) if count > 10 else count
     it, rng = command(name), np.random.default_rng(count)
-    calls = it.warm.calls if name == "run" else it.warm.calls[::4]
+    calls = it.warm.calls if name == "run" else it.warm.calls[::8]
     if count < len(calls):
         by_kind = {kind: [c for c in calls if c["kind"] == kind] for kind in sorted({c["kind"] for c in calls})}
         calls = [rng.choice(list(by_kind.values())[i % len(by_kind)]) for i in range(count)]
