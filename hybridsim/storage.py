@@ -8,6 +8,7 @@ trusted is refused with one sentence (`StorageError`). JAX and xarray are import
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,16 +16,19 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
+import shutil
 import socket
+import stat
 import string
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -69,6 +73,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.EISDIR: "there is a folder of this name; choose another name",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "a symbolic link stands there; remove it or choose another folder",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
 }
 
@@ -87,15 +92,29 @@ def _sync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
+_OWNED: list[Path] = []
+"""Folders whose lock this process holds: what is written below them stays below them, whatever symbolic links say."""
+
+
+def _stay_inside(path: Path) -> None:
+    """Refuses to write through a symbolic link that leads out of a locked folder."""
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 -- links are to be seen, not followed
+    for root in _OWNED:
+        if absolute.is_relative_to(root) and not absolute.parent.resolve().is_relative_to(root.resolve()):
+            raise StorageError(f"{path}: a symbolic link leads out of {root}; remove the link or choose another folder")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, whole and synced to disk, when the block ends without an error.
 
     On any error, an interrupt included, the temporary file is removed and the old file stays as it was. Missing folders are made.
+    A symbolic link at `path` itself is replaced, never followed; below a locked folder (see `FolderLock`) no link leads out of it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
+        _stay_inside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # 0o666 less the umask, as an ordinary open would do
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -127,9 +146,16 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     _write_parts(path, [data.encode() if isinstance(data, str) else data])
 
 
+def _regular(path: Path) -> IO[bytes]:
+    """The file, opened for reading; a pipe or a device, which may have no end or never answer, is refused."""
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise StorageError(f"{path}: a pipe or a device, not a file")
+    return path.open("rb")
+
+
 def _read(path: Path, limit: int | None = None) -> bytearray:
     try:
-        with path.open("rb") as handle:
+        with _regular(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             if limit is not None and size > limit:
                 raise StorageError(f"{path}: {size / 2**20:.0f} MiB; at most {limit / 2**20:.0f} MiB are read")
@@ -141,22 +167,63 @@ def _read(path: Path, limit: int | None = None) -> bytearray:
         raise _refusal(path, "read", error) from error
 
 
+def open_log(path: str | os.PathLike) -> IO[str]:
+    """A text file to append lines to: the one kind of file that grows in place. No symbolic link is followed."""
+    path = Path(path)
+    _stay_inside(path)
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        raise _refusal(path, "write", error) from error
+    return open(handle, "a", encoding="utf-8")  # noqa: PTH123
+
+
+_LEFTOVER = re.compile(r"\..+\.[0-9]+-[0-9a-f]+\.part")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed writer leaves behind."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: str | os.PathLike, older_than: float = 0.0) -> None:
     """Remove temporary files that a killed writer left below `folder`, if they are `older_than` seconds old.
 
     Only the owner of the folder (see `FolderLock`) may call this with `older_than=0`.
     """
-    for path in Path(folder).rglob(".*.part"):
+    for path in [path for path in Path(folder).rglob(".*.part") if is_leftover(path.name)]:
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= older_than:
-                path.unlink()
+            found = path.lstat()
+            if time.time() - found.st_mtime >= older_than:
+                shutil.rmtree(path) if stat.S_ISDIR(found.st_mode) else path.unlink()
+
+
+def remove_folder(folder: str | os.PathLike, marker: str | os.PathLike) -> None:
+    """Remove a folder that hybridsim made, at once for every reader: it is renamed first, so that no half of it is ever seen.
+
+    **Arguments:** `folder`, which need not exist; `marker`, the file by which hybridsim knows what it has made. A folder without
+    the marker that holds something is somebody else's, and refused.
+    """
+    folder = Path(folder)
+    _stay_inside(folder)
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            if not Path(marker).is_file() and any(folder.iterdir()):
+                raise StorageError(f"{folder}: hybridsim did not make this folder and would have to empty it; choose another --out")
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+            folder.rename(aside)
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise _refusal(folder, "remove", error) from error
 
 
 def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     path = Path(path)
     try:
-        with path.open("rb") as handle:
+        with _regular(path) as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise _refusal(path, "read", error) from error
@@ -389,7 +456,7 @@ def _parse_header(path: Path, data: bytes | bytearray, size: int) -> _Header:
 def _peek(path: Path) -> tuple[_Header, int]:
     """The header alone, not yet verified, and the size of the file."""
     try:
-        with path.open("rb") as handle:
+        with _regular(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             data = handle.read(8)
             data += handle.read(min(int.from_bytes(data, "little"), LONGEST_HEADER))
@@ -416,6 +483,26 @@ def _read_tensors(path: Path, *, file_sha256: str | None = None) -> tuple[dict[s
         flat = np.frombuffer(view[body + start : body + stop], np.uint8).view(_dtype(dtype))
         tensors[name] = Tensor(flat.reshape(shape), header.kinds.get(name, ""))
     return tensors, header.meta, header.sha256
+
+
+def verify_tensors(path: str | os.PathLike) -> dict[str, Any]:
+    """The notes of a file that `save_tree` or `save_weights` wrote, once its digest is found right; in pieces, so it fits anywhere."""
+    path = Path(path)
+    header, size = _peek(path)
+    place = 8 + len(_OPENING)
+    digest = hashlib.sha256()
+    try:
+        with _regular(path) as handle:
+            digest.update(handle.read(place) + _BLANK)
+            handle.seek(place + 64)
+            while piece := handle.read(2**22):
+                digest.update(piece)
+            grown = handle.tell() != size
+    except OSError as error:
+        raise _refusal(path, "read", error) from error
+    if grown or digest.hexdigest() != header.sha256:
+        raise CorruptError(f"{path}: damaged (its SHA-256 differs); restore it from a copy or make it anew")
+    return header.meta
 
 
 def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -601,13 +688,15 @@ class Checkpoints:
 
     - `folder`: where they live; made when the first one is saved. One writer at a time (see `FolderLock`).
     - `keep`: how many to keep, at least 1; two allow to fall back when the newest is damaged.
+    - `about`: what made the states (see `provenance`), stored in each.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike, keep: int = 2, about: Mapping[str, Any] | None = None):
         if keep < 1:
             raise ValueError(f"keep: {keep} checkpoints; at least 1 is possible")
         self.folder = Path(folder)
         self.keep = keep
+        self.about = dict(about or {})
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, in order; none of them is verified yet."""
@@ -622,7 +711,7 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"step: {step} is negative")
         arrays, manifest = self._paths(step)
-        save_tree(arrays, tree, {"step": step, "meta": dict(meta or {})})
+        save_tree(arrays, tree, {"step": step, "meta": dict(meta or {}), "about": self.about})
         write_json(manifest, {"step": step, "bytes": arrays.stat().st_size, "sha256": sha256(arrays)})
         kept = [other for other in self.steps() if other <= step][-self.keep :]
         for other in self.steps():
@@ -654,7 +743,8 @@ class Checkpoints:
             raise StorageError(f"{self.folder}: no checkpoint can be used; start again without resuming. {reasons[0]}")
         return None
 
-    def _load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def _promised(self, step: int) -> str:
+        """The SHA-256 of a checkpoint as its manifest has it; its size is checked here."""
         arrays, manifest = self._paths(step)
         note = read_json(manifest)
         if not isinstance(note, dict) or note.keys() != {"step", "bytes", "sha256"} or note["step"] != step:
@@ -665,7 +755,21 @@ class Checkpoints:
             raise _refusal(arrays, "read", error) from error
         if size != note["bytes"]:
             raise CorruptError(f"{arrays}: {size} bytes instead of {note['bytes']}")
-        tree, meta = _load_tree(arrays, like, str(note["sha256"]))
+        return str(note["sha256"])
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """What made the checkpoint of a step, once every bit of it is as its manifest says; `StorageError` where not."""
+        arrays, _ = self._paths(step)
+        if sha256(arrays) != self._promised(step):
+            raise CorruptError(f"{arrays}: the file is not the one that was written (its SHA-256 differs)")
+        meta = verify_tensors(arrays)
+        if meta.get("step") != step:
+            raise CorruptError(f"{arrays}: holds step {meta.get('step')} under the name of step {step}")
+        return meta.get("about", {})
+
+    def _load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        arrays, _ = self._paths(step)
+        tree, meta = _load_tree(arrays, like, self._promised(step))
         if meta.get("step") != step:
             raise CorruptError(f"{arrays}: holds step {meta.get('step')} under the name of step {step}")
         return tree, meta["meta"]
@@ -691,6 +795,14 @@ def _trainable(closure: Any) -> tuple[list[tuple[str, Any]], Any]:
     import equinox as eqx
 
     return _named_leaves(eqx.filter(closure, eqx.is_inexact_array))
+
+
+def _all_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are not numbers: whatever run takes them is lost from its first step."""
+    for name, tensor in tensors.items():
+        wrong = np.count_nonzero(~np.isfinite(tensor.values.astype(np.float64)))
+        if wrong:
+            raise StorageError(f"{path}: {wrong} of {tensor.values.size} numbers of {name!r} are not finite; train anew")
 
 
 def save_weights(path: str | os.PathLike, closure: Any, header: Mapping[str, Any]) -> str:
@@ -721,6 +833,7 @@ def load_weights(path: str | os.PathLike, closure: Any) -> Any:
     tensors, meta, _ = _load_matching(path, wanted, widen=True)
     if "weights" not in meta:
         raise StorageError(f"{path}: holds arrays, but not the weights of a closure")
+    _all_finite(path, tensors)
     leaves = []
     for name, leaf in named:
         kind, dtype, _ = wanted[name]
@@ -735,6 +848,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     tensors, meta, digest = _read_tensors(path)
     if not isinstance(meta.get("weights"), dict):
         raise StorageError(f"{path}: holds arrays, but not the weights of a closure")
+    _all_finite(path, tensors)
     count = sum(t.values.size // (2 if t.kind in _PAIRS else 1) for t in tensors.values())
     return {**meta["weights"], "sha256": digest, "parameters": count}
 
@@ -967,6 +1081,7 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             while self._handle is None:
                 self._handle = self._open()
+            _OWNED.append(Path(os.path.abspath(self.folder)))  # noqa: PTH100 -- as in `_stay_inside`
             remove_leftovers(self.folder)
             os.ftruncate(self._handle, 0)
             os.lseek(self._handle, 0, os.SEEK_SET)
@@ -978,7 +1093,7 @@ class FolderLock:
 
     def _open(self) -> int | None:
         """A locked handle of the file that is at `path` now; None if its last owner removed it in between."""
-        handle = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o666)
+        handle = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
         kept = False
         try:
             if not _try_lock(handle):
@@ -999,6 +1114,8 @@ class FolderLock:
 
     def _release(self) -> None:
         if self._handle is not None:
+            with contextlib.suppress(ValueError):
+                _OWNED.remove(Path(os.path.abspath(self.folder)))  # noqa: PTH100 -- as in `_stay_inside`
             with contextlib.suppress(OSError):
                 self.path.unlink()
             os.close(self._handle)
@@ -1011,6 +1128,10 @@ class FolderLock:
 # --- provenance -------------------------------------------------------------------------------------------------------------------
 
 
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "xarray", "netCDF4")
+"""Whose versions stand in every result."""
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -1018,6 +1139,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of the checkout that this package is run from, with `-dirty` if files differ from it; None elsewhere."""
     root = Path(__file__).resolve().parent.parent
@@ -1052,7 +1174,7 @@ def environment() -> dict[str, Any]:
         "hybridsim": hybridsim.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("jax", "jaxlib", "equinox", "optax", "numpy")},
+        **{name: _version(name) for name in PACKAGES},
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "backend": device.platform,
         "devices": jax.device_count(),
