@@ -6,7 +6,6 @@ what is finished is never done again by `--resume`.
 """
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -248,6 +247,8 @@ def _sweep_locked(
 ) -> int:
     import yaml
 
+    from hybridsim.experiment import provenance
+
     marker, cases = folder / "sweep_begun.json", folder / "cases"
     # each case keeps its own with all defaults; here they would stand in the way of choices between classes
     given = storage.to_plain({**(experiment.plain or {}), "name": experiment.name})
@@ -260,7 +261,8 @@ def _sweep_locked(
             )
     else:
         for old in (cases, folder / "others"):
-            shutil.rmtree(old, ignore_errors=True)
+            storage.remove_folder(old, marker)
+    earlier = storage.forget_manifest(folder)
     storage.write_json(marker, begun)
     storage.atomic_write(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     count = len(experiment.cases)
@@ -293,6 +295,9 @@ def _sweep_locked(
     assert sweep is not None
     for line in _lines(records if sweep.order == "file" else ranked(records, rank), rank, sweep.order == "rank"):
         say.line(line)
+    names = ["config.yaml", "sweep_begun.json", "sweep.json", "sweep.md", "figures/sweep.png", "cases", "others"]
+    about = {"command": "sweep", "measured_by": begun["command"], **provenance(experiment)}
+    storage.write_manifest(folder, names, about, earlier)
     say.line(f"table: {folder / 'sweep.md'}; figure: {folder / 'figures' / 'sweep.png'}")
     return 3 if all(r["score"] is None for r in records) else 0
 
@@ -399,6 +404,7 @@ def write_results(
     """`sweep.json`, `sweep.md` and `figures/sweep.png` of the cases that are finished."""
     import matplotlib
 
+    from hybridsim.experiment import provenance
     from hybridsim.report import STYLE, png
 
     assert experiment.spec.sweep is not None
@@ -418,7 +424,7 @@ def write_results(
             "effects": effects(records),
             "finished": len(records),
             "count": count,
-            "versions": storage.environment(),
+            **provenance(experiment),
         },
     )
     text = table(title, order, rank, training, count, others, placed, experiment.cases[0].run)

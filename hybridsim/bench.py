@@ -28,10 +28,12 @@ from hybridsim.experiment import (
     compiled_run,
     cost_of,
     diagnosed,
+    files_of,
     fine_starts,
     group_name,
     make_reference,
     model_from,
+    provenance,
     reference_groups,
     run_locked,
     stated_time,
@@ -494,6 +496,7 @@ def run_family(plan: FamilyPlan, folder: Path, rounds: int, resume: bool, say: R
 
     On `resume` what is there of the same configuration is kept.
     """
+    earlier = storage.forget_manifest(folder)
     base = plan.experiment()
     tuning = tune_family(plan, folder, resume, say)
     plan.with_steps(tuning, base.spec.time.end / base.spec.time.frames)
@@ -517,6 +520,9 @@ def run_family(plan: FamilyPlan, folder: Path, rounds: int, resume: bool, say: R
             "timings": timings,
         }
         storage.write_json(turns, kept)
+    earlier |= storage.forget_manifest(folder)
+    written = ["tuning.json", "limit.json", "turns.json", *(name for name in files_of(experiment) if name not in earlier)]
+    storage.write_manifest(folder, written, {"command": "run", **provenance(experiment)}, earlier)
     evidence = {
         "timings": kept["timings"],
         "data_seconds": kept["data_seconds"],
@@ -541,6 +547,7 @@ def bench_command(
     before = None if against is None else read_results(against)
     folder = Path("runs") / (f"bench_{stem}_quick" if quick else f"bench_{stem}") if out is None else out
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
+        earlier = storage.forget_manifest(folder)
         results: dict[str, Record] = {}
         begin = time.perf_counter()
         for family, plan in plans.items():
@@ -556,9 +563,24 @@ def bench_command(
             results[family] = analyse(family, experiment, place, summary, evidence, bench.resamples)
             for closure, entry in results[family]["closures"].items():
                 say.line(f"{family}, {closure}: {entry['verdict']}")
-            page = write_results(folder, bench, results, quick, before)
+            about = _provenance(bench, results)
+            page = write_results(folder, bench, results, quick, before, about)
+        names = ["bench.json", "bench.md", "bench.nc", "bench.html", "figures/*.png", *results]
+        storage.write_manifest(folder, names, {"command": "bench", **about}, earlier)
         say.line(f"{len(results)} {'family' if len(results) == 1 else 'families'} in {time.perf_counter() - begin:.0f} s: {page}")
     return 0
+
+
+def _provenance(bench: Bench, results: Mapping[str, Record]) -> Record:
+    """What every file of a benchmark says of its making; seeds, precision and hashes of the experiments by family."""
+    config = bench.model_dump(mode="json")
+    about = storage.provenance(
+        storage.config_digest(config, {name: found["config_hash"] for name, found in results.items()}),
+        config,
+        {name: found["seed"] for name, found in results.items()},
+        sorted({p for found in results.values() for p in found["precision"].values()}),
+    )
+    return {**about, "inputs": {name: found["config_hash"] for name, found in results.items()}}
 
 
 def read_results(path: Path) -> Record:

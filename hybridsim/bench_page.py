@@ -1,7 +1,6 @@
 """What `hybridsim bench` leaves behind: `bench.json`, `bench.nc`, `bench.md`, `bench.html` and the figures."""
 
 import base64
-import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -452,23 +451,22 @@ def provenance(bench: Bench, versions: Mapping[str, Any], date: str) -> str:
     )
 
 
-def write_results(folder: Path, bench: Bench, results: Mapping[str, Record], quick: bool, before: Record | None = None) -> Path:
-    """All files about the families that are finished; the path of the page."""
+def write_results(
+    folder: Path, bench: Bench, results: Mapping[str, Record], quick: bool, before: Record | None, origins: Record
+) -> Path:
+    """All files about the families that are finished; the path of the page. `origins` is what `storage.provenance` says."""
     import jinja2
     import matplotlib
 
     from hybridsim.report import STYLE, png
 
-    versions = storage.environment()
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    about = {"title": bench.title, "date": date, "quick": quick, "device": versions["device"], "versions": versions}
-    precision = sorted({p for found in results.values() for p in found["precision"].values()})
-    numbers = {"precision": ", ".join(precision), "rounds": bench.rounds, "resamples": bench.resamples}
+    versions, date = origins["versions"], origins["date"]
+    about = {"title": bench.title, "quick": quick, **origins}
+    numbers = {"precision": ", ".join(origins["precision"]), "rounds": bench.rounds, "resamples": bench.resamples}
     storage.write_json(folder / "bench.json", {**about, **numbers, "families": dict(results)})
     storage.atomic_write(folder / "bench.md", page(bench, results, versions, date[:10], before))
     datasets = {name: family_dataset(found, folder / name) for name, found in results.items()}
-    attrs = {"title": bench.title, "date": date, "device": versions["device"], "commit": versions.get("commit") or ""}
-    storage.save_groups(folder / "bench.nc", datasets, attrs)
+    storage.save_groups(folder / "bench.nc", datasets, storage.as_attributes({"title": bench.title, **origins}))
     (folder / "figures").mkdir(exist_ok=True)
     parts = []
     with matplotlib.rc_context(STYLE):

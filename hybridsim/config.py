@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-import json
 import math
 import os
 import re
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
 from hybridsim.sections import Correction, Flag, Number, Reference, Run, Spec, Structure, Sweep, Train, Use, argument_names, explain
+from hybridsim.storage import config_digest
 from hybridsim.yaml_reader import (
     MOST_BYTES,
     ConfigError,
@@ -505,8 +505,8 @@ def estimate_memory(shape: Sequence[int], channels: int, precision: str, samples
 # --- experiment ------------------------------------------------------------------------------------------------------------------
 
 MOST_STEPS = 10**9
-RESERVED = ("all", "reference")
-"""Words that no run may be called: the key of `checks`, and the file reference.nc."""
+RESERVED = ("all", "reference", "config_hash.json", "manifest", "summary", "training")
+"""Words that no run may be called: the key of `checks`, and files that every folder of results has."""
 
 
 def _untrained(spec: Spec) -> Spec:
@@ -587,8 +587,7 @@ class Experiment:
         self._find_parts()
         self._check_objects()
         self.resolved = self._resolve()
-        text = json.dumps({"config": self.resolved, "files": self.files}, sort_keys=True, separators=(",", ":"))
-        self.config_hash = hashlib.sha256(text.encode()).hexdigest()
+        self.config_hash = config_digest(self.resolved, self.files)
         self.variants = [] if spec.train is None else self._variants(spec.train, shipped)
         self.plain = None if data is None else copy.deepcopy(dict(data))
         self._shipped = shipped
@@ -633,7 +632,7 @@ class Experiment:
                 word if axis in sweep.over and isinstance(sweep.over[axis], dict) else f"{axis} {word}" for axis, word, _ in chosen
             ]
             name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_.") for word in words)
-            name = name if len(name) <= 60 else f"case_{len(found) + 1}"
+            name = name if 0 < len(name) <= 60 else f"case_{len(found) + 1}"
             if name.lower() in found:
                 raise ConfigError(
                     f"sweep.over: two cases are called {name}; write the choices as name: {{key: value}} to tell them apart"

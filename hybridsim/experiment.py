@@ -244,7 +244,7 @@ def _run_one(
     u0 = jnp.asarray(start, experiment.dtype(label))
     keys = jax.random.split(jax.random.key(experiment.spec.samples.seed), samples)
     state = _begin(model, u0, keys)
-    journal = Journal(work, save_every)
+    journal = Journal(work, save_every, about=provenance(experiment, label))
     done, diverged, seconds, compile_seconds = 0, [], 0.0, 0.0
     u = np.full((samples, frames + 1, *start.shape[1:]), np.nan, u0.dtype)
     ledger = np.zeros((samples, frames + 1, len(model.solver.ledger_rows)))
@@ -782,18 +782,27 @@ def model_from(experiment: "Experiment", label: str, start: np.ndarray) -> Model
     return experiment.model_for(label, dt=experiment.steps_per_frame(label, min(cfl * limit, interval)).dt)
 
 
+def provenance(experiment: "Experiment", label: str | None = None, environment: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What every file of an experiment says of its making; `label`: of this run alone."""
+    precision = {each: experiment.dtype(each) for each in ("reference", *experiment.labels)}
+    about = storage.provenance(
+        experiment.config_hash,
+        experiment.resolved,
+        experiment.spec.samples.seed,
+        precision if label is None else precision[label],
+        environment,
+    )
+    return {"name": experiment.name, **about, "inputs": experiment.files}
+
+
 def _attributes(experiment: "Experiment", label: str, environment: dict[str, Any]) -> dict[str, Any]:
     spec = experiment.spec_of(label)
     return {
+        **storage.as_attributes(provenance(experiment, label, environment)),
         "label": label,
         "title": getattr(spec, "title", None) or label,
         "solver": spec.solver.use,
         "grid": " × ".join(map(str, spec.shape)),
-        "precision": spec.precision,
-        "config_hash": experiment.config_hash,
-        "seed": experiment.spec.samples.seed,
-        "version": environment["hybridsim"],
-        "commit": environment.get("commit") or "",
     }
 
 
@@ -880,21 +889,26 @@ def run_experiment(
             return 3
 
 
-def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool, force: bool) -> None:
-    """Refuses to mix two configurations; clears what an earlier run left unless it is resumed."""
-    import shutil
+def files_of(experiment: "Experiment") -> list[str]:
+    """The files that `hybridsim run` leaves in its folder, as patterns for its manifest."""
+    fixed = ["config.yaml", "reference.nc", "summary.json", "training.json", "report.html", "figures/*.png", f"{blowups.FOLDER}/*.nc"]
+    return [*fixed, *(f"{label}.nc" for label in experiment.labels)]
 
+
+def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool, force: bool) -> dict[str, dict[str, Any]]:
+    """Refuses to mix two configurations; clears what an earlier run left unless it is resumed; what its manifest named."""
     import yaml
 
     state = folder / "state"
     if not (resume and (state / resuming.BEGUN).exists()):
-        if state.exists():
-            shutil.rmtree(state)
-        shutil.rmtree(folder / blowups.FOLDER, ignore_errors=True)
+        storage.remove_folder(state, state / resuming.BEGUN)
+        storage.remove_folder(folder / blowups.FOLDER, folder / "config.yaml")
+    earlier = storage.forget_manifest(folder)
     state.mkdir(exist_ok=True)
     resuming.begin(state, experiment, "run", resume, force)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
+    return earlier
 
 
 def _training_history(experiment: "Experiment") -> dict[str, list[dict[str, Any]]]:
@@ -926,10 +940,9 @@ def run_locked(
 ) -> int:
     """`run_experiment` in a folder whose lock is held; without costs where they are measured otherwise."""
     import datetime
-    import shutil
 
     needed = check_need(need_of(experiment), folder)
-    _prepare_folder(experiment, folder, resume, force)
+    earlier = _prepare_folder(experiment, folder, resume, force)
     environment = storage.environment()
     say.line(f"{experiment.title} ({experiment.name}), {len(experiment.labels)} runs → {folder}")
     say.line(needed)
@@ -941,7 +954,8 @@ def run_locked(
     reference = make_reference(experiment, reference_progress)
     solvers = {group_name(experiment, label): experiment.solver(label) for label in experiment.labels}
     groups = reference_groups(experiment, reference, solvers)
-    storage.save_groups(folder / "reference.nc", groups)
+    origins = storage.as_attributes(provenance(experiment, "reference", environment))
+    storage.save_groups(folder / "reference.nc", groups, origins)
     converged = groups["convergence"].attrs["converged_until"] if "convergence" in groups else None
     shape = " × ".join(map(str, experiment.spec.reference.shape))
     origin = "from the cache" if reference.cached else f"made in {reference.seconds:.0f} s"
@@ -995,8 +1009,12 @@ def run_locked(
         "title": experiment.title,
         "device": environment.get("device", device.device_kind),
         "precision": {label: experiment.dtype(label) for label in experiment.labels},
+        "seed": experiment.spec.samples.seed,
+        "version": environment["hybridsim"],
+        "commit": environment["commit"],
         "versions": environment,
         "config_hash": experiment.config_hash,
+        "inputs": experiment.files,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "modes": experiment.modes,
         "samples": experiment.spec.samples.count,
@@ -1019,7 +1037,9 @@ def run_locked(
     from hybridsim.report import write_report
 
     page = write_report(folder)
-    shutil.rmtree(folder / "state")
+    about = {"command": "run", **provenance(experiment, environment=environment)}
+    storage.write_manifest(folder, files_of(experiment), about, earlier)
+    storage.remove_folder(folder / "state", folder / "state" / "config_hash.json")
     for row in rows:
         say.line(("✓ " if row["passed"] else "✗ ") + row["sentence"])
     say.line(f"report: {page}")

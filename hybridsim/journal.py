@@ -55,15 +55,16 @@ class Journal:
 
     - `folder`: where they live; None keeps the pieces in memory only, and nothing is ever due. One writer at a time.
     - `every`: seconds between two saves (see `Cadence`).
+    - `about`: what made it, for the manifests of the checkpoints.
 
     `pieces` are all that were added or read, in order: names and arrays, as the caller chose them.
     """
 
-    def __init__(self, folder: Path | None, every: float = SAVE_EVERY):
+    def __init__(self, folder: Path | None, every: float = SAVE_EVERY, about: Mapping[str, Any] | None = None):
         self.folder = folder
         self.pieces: list[dict[str, np.ndarray]] = []
         self._cadence = Cadence(every)
-        self._checkpoints = None if folder is None else storage.Checkpoints(folder / "checkpoints")
+        self._checkpoints = None if folder is None else storage.Checkpoints(folder / "checkpoints", about=about)
         self._written, self._step = 0, 0  # pieces on disk, and the step up to which they go
 
     def latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:

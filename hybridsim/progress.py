@@ -23,7 +23,9 @@ class Reporter:
 
     def __enter__(self) -> "Reporter":
         if self.log is not None:
-            self._file = self.log.open("a", encoding="utf-8")
+            from hybridsim.storage import open_log
+
+            self._file = open_log(self.log)
         if self.console.is_terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -1745,6 +1745,7 @@ def _provenance(folder: Folder) -> list[tuple[str, str]]:
         ("commit", str(attrs.get("commit", ""))),
         ("device", summary.get("device", "")),
         ("precision", summary.get("precision", "")),
+        ("seed", summary.get("seed", "")),
         ("configuration", summary.get("config_hash", "")),
         ("finished", written.strftime("%Y-%m-%d %H:%M UTC")),
         ("reference", reused if reference.get("seconds") is not None else ""),

@@ -101,11 +101,13 @@ def write_closure(name: str, place: str, folder: Path) -> list[str]:
         if parent.exists() and not parent.is_dir():
             raise ConfigError(f"--out: {parent} is a file; choose another folder")
     for target in targets:
-        if target.exists():
+        if target.exists() or target.is_symlink():
             raise ConfigError(f"{target}: this file exists, and nothing is written over it; choose another NAME or --out")
     if importlib.util.find_spec(module) is not None:
         raise ConfigError(f"NAME: {module!r} is a module that Python finds already; choose another name")
     import jinja2
+
+    from hybridsim.storage import atomic_write
 
     # the files are Python and YAML, where nothing is to be escaped
     environment = jinja2.Environment(  # noqa: S701
@@ -115,10 +117,8 @@ def write_closure(name: str, place: str, folder: Path) -> list[str]:
         undefined=jinja2.StrictUndefined,
     )
     said = {"name": module, "cls": cls, "place": place, **PLACES[place]._asdict()}
-    folder.mkdir(parents=True, exist_ok=True)
     for target, template in targets.items():
-        with target.open("x", encoding="utf-8") as file:
-            file.write(environment.get_template(template).render(said))
+        atomic_write(target, environment.get_template(template).render(said))
     said_of = {
         f"hybridsim check {module}.py:{cls} --quick": "does it keep the contract?",
         f"hybridsim train {module}.yaml": "a minute or two",

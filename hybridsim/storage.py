@@ -7,6 +7,7 @@ trusted is refused with one sentence (`StorageError`). JAX and xarray are import
 """
 
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -486,7 +487,7 @@ def _read_tensors(path: Path, *, file_sha256: str | None = None) -> tuple[dict[s
 
 
 def verify_tensors(path: str | os.PathLike) -> dict[str, Any]:
-    """The notes of a file that `save_tree` or `save_weights` wrote, once its digest is found right; in pieces, so it fits anywhere."""
+    """The notes of a file that `save_tree` or `save_weights` wrote, once its digest is found right; read in pieces."""
     path = Path(path)
     header, size = _peek(path)
     place = 8 + len(_OPENING)
@@ -860,7 +861,7 @@ def _encoding(ds: "xr.Dataset", level: int) -> dict[str, dict[str, Any]]:
     # checksums of HDF5 need chunks, which only arrays have
     return {
         str(name): {"zlib": True, "complevel": level, "shuffle": True, "fletcher32": True}
-        if variable.ndim and variable.size and variable.dtype.kind in "iuf"
+        if variable.ndim and variable.size and variable.dtype.kind in "iufb"
         else {}
         for name, variable in ds.variables.items()
     }
@@ -898,45 +899,123 @@ def save_dataset(path: str | os.PathLike, ds: "xr.Dataset", *, level: int = 2) -
     save_groups(path, {"": ds}, level=level)
 
 
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_DEFLATE = 1032
+"""No byte that zlib has packed unpacks to more; what a file promises beyond that was never written."""
+_ALWAYS_READ = 2**27
+_LONGEST_CHUNK = 2**26
+MOST_WORDS = 4096
+"""A file names samples, variables and fields in words; no honest one of ours has so many."""
+
+
+def _open_files() -> set[str]:
+    """Files that this process has open, where the system tells (Linux)."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(entry.path))  # noqa: PTH115
+    return {name for name in found if name.startswith("/") and Path(name).is_file()}
+
+
+@contextlib.contextmanager
+def _fields(path: Path) -> Iterator[Any]:
+    """An open `netCDF4.Dataset` that was looked through, before any of its values are read; every error is a `StorageError`.
+
+    HDF5 can take values from other files: by links to objects there, by virtual arrays, and by arrays whose bytes lie anywhere.
+    netCDF-C follows all three, and shows the last two as arrays without chunks, which none of ours are. Nor do ours have types
+    of their own, chunks that are larger than the file would need, or more values than its bytes could hold.
+    """
+    import netCDF4
+
+    def bad(reason: str) -> CorruptError:
+        return CorruptError(f"{path}: not readable as NetCDF-4 ({reason})")
+
+    try:
+        with _regular(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if handle.read(8) != _HDF5:
+                raise bad("it does not begin as one")
+        before = _open_files()
+        with netCDF4.Dataset(path) as file:
+            file.set_auto_maskandscale(False)
+            others = _open_files() - before - {str(path.resolve())}
+            if others:
+                raise bad(f"it leads to another file, {min(others)}")
+            unpacked, most = 0, min(_DEFLATE * size, max(2**31, 100 * size))
+            for group in _groups_of(file):
+                if group.cmptypes or group.vltypes or group.enumtypes:
+                    raise bad("it has data types of its own")
+                for name, variable in group.variables.items():
+                    if variable.dtype is str:
+                        if variable.size > MOST_WORDS:
+                            raise bad(f"{name!r} holds {variable.size} words")
+                        continue
+                    width = variable.dtype.itemsize
+                    unpacked += variable.size * width
+                    chunks = variable.chunking()
+                    if chunks == "contiguous" and variable.ndim and variable.size:
+                        raise bad(f"{name!r} has no chunks, so its values may lie in another file")
+                    if chunks != "contiguous" and math.prod(chunks) * width > max(_LONGEST_CHUNK, 2 * variable.size * width):
+                        raise bad(f"{name!r} is cut in chunks of {math.prod(chunks) * width / 2**20:.0f} MiB")
+            if unpacked > max(_ALWAYS_READ, most):
+                raise StorageError(f"{path}: {size / 2**20:.1f} MiB would unpack to {unpacked / 2**30:.1f} GiB; not read")
+            yield file
+    except OSError as error:
+        if (error.errno or 0) > 0:
+            raise _refusal(path, "read", error) from error
+        raise bad(" ".join(str(error).split())) from error
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError, MemoryError) as error:
+        raise bad(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _groups_of(file: Any) -> Iterator[Any]:
+    yield file
+    for group in file.groups.values():
+        yield from _groups_of(group)
+
+
 def open_dataset(path: str | os.PathLike, group: str | None = None) -> "xr.Dataset":
     """A dataset, or one group of a file, read completely and verified by HDF5's checksums; the file is closed again.
 
-    Times are numbers in the units of the attributes, never dates. What would unpack to over 2 GiB and over 100 times the size of
-    its file is refused.
+    Times are numbers in the units of the attributes, never dates. What would unpack to over 128 MiB and to more than its bytes can
+    hold, or to over 2 GiB and over 100 times the size of its file, is refused, and so is what takes values from another file.
     """
     import xarray as xr
 
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        with xr.open_dataset(path, group=group, engine="netcdf4", decode_times=False, decode_timedelta=False) as ds:
-            if ds.nbytes > max(2**31, 100 * size):
-                raise StorageError(f"{path}: {size / 2**20:.1f} MiB would unpack to {ds.nbytes / 2**30:.1f} GiB; not read")
-            return ds.load()
-    except OSError as error:
-        if group is not None and path.exists():
-            possible = ", ".join(dataset_groups(path)) or "none"
-            if group not in possible.split(", "):
-                raise StorageError(f"{path}: there is no group {group!r}; possible: {possible}") from error
-        if (error.errno or 0) > 0:
-            raise _refusal(path, "read", error) from error
-        raise CorruptError(f"{path}: not readable as NetCDF-4 ({' '.join(str(error).split())})") from error
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptError(f"{path}: not readable as NetCDF-4 ({' '.join(str(error).split())})") from error
+    with _fields(path) as file:
+        if group is not None and group not in file.groups:
+            raise StorageError(f"{path}: there is no group {group!r}; possible: {', '.join(file.groups) or 'none'}")
+        file.set_auto_maskandscale(True)
+        store = xr.backends.NetCDF4DataStore(file, group=group)
+        ds = xr.open_dataset(store, decode_times=False, decode_timedelta=False).load()
+        ds.set_close(None)  # what it would close is closed here
+        return ds
 
 
 def dataset_groups(path: str | os.PathLike) -> list[str]:
     """Names of the groups of a NetCDF-4 file, in the order in which they were written."""
-    import netCDF4
+    with _fields(Path(path)) as file:
+        return list(file.groups)
 
-    path = Path(path)
-    try:
-        with netCDF4.Dataset(path) as file:
-            return list(file.groups)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and (error.errno or 0) > 0:
-            raise _refusal(path, "read", error) from error
-        raise CorruptError(f"{path}: not readable as NetCDF-4 ({' '.join(str(error).split())})") from error
+
+def read_fields(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """(name, `netCDF4.Variable`) of every variable of a NetCDF-4 file and its groups, each read in pieces: every checksum is seen.
+
+    At the end (name, group) of every group, the file itself as `""`.
+    """
+    with _fields(Path(path)) as file:
+        for group in _groups_of(file):
+            where = group.path.strip("/")
+            for name, variable in group.variables.items():
+                values = max(1, _ALWAYS_READ // (64 if variable.dtype is str else variable.dtype.itemsize))
+                rows = max(1, values // max(1, variable.size // max(1, variable.shape[0] if variable.ndim else 1)))
+                for first in range(0, variable.shape[0] if variable.ndim else 1, rows):
+                    variable[first : first + rows] if variable.ndim else variable[...]
+                yield f"{where}/{name}".strip("/"), variable
+        for group in _groups_of(file):
+            yield group.path.strip("/"), group
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------------------
@@ -1037,6 +1116,116 @@ def load_cached(key: str, *, kind: str = "reference") -> tuple[dict[str, np.ndar
         warnings.warn(f"{error}; making the data anew", StorageWarning, stacklevel=2)
         return None
     return {name: _from_tensor(path, name, tensor, np.empty(0)) for name, tensor in tensors.items()}, meta["meta"]
+
+
+# --- what a folder holds ----------------------------------------------------------------------------------------------------------
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "hybridsim manifest 1"
+UNNAMED = ("log.txt", ".lock", MANIFEST)
+"""Files that no manifest names at its own top: the log goes on growing, the lock belongs to a process."""
+
+
+def config_digest(resolved: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """SHA-256 of a resolved configuration and of the digests of the files that it names, as canonical JSON."""
+    text = json.dumps({"config": resolved, "files": files}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own digest, as canonical JSON."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def forget_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Remove the manifest of a folder before anything in it is overwritten; what it named, for the manifest that comes next.
+
+    Every entry carries the `config_hash` of the command that made its file.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        found = read_manifest(path)
+    except StorageError:
+        found = None  # what is damaged or not there names nothing
+    try:
+        if path.is_symlink() or path.exists():
+            path.unlink()
+            if os.name == "posix":
+                _sync(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise _refusal(path, "remove", error) from error
+    if found is None:
+        return {}
+    return {name: {"config_hash": found["config_hash"], **entry} for name, entry in found["files"].items()}
+
+
+def write_manifest(
+    folder: str | os.PathLike,
+    names: Iterable[str],
+    about: Mapping[str, Any],
+    earlier: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Name every finished file of a folder with its size and SHA-256 in `manifest.json`: written last, once everything stands.
+
+    **Arguments:**
+
+    - `folder`: of a command that is done.
+    - `names`: patterns of its files, relative to the folder (`figures/*.png`); a folder stands for everything in it, states
+      (`state/`) and temporary files excepted. Symbolic links are not named.
+    - `about`: what made them (see `provenance`), with `config_hash`.
+    - `earlier`: what `forget_manifest` gave. Entries of files that are still there and that no pattern meets stay as they were.
+    """
+    folder = Path(folder)
+    found = {path for pattern in names for path in folder.glob(pattern)}
+    files = {inside for path in found for inside in (_inside(path) if path.is_dir() else [path]) if inside.is_file()}
+    entries: dict[str, Any] = {}
+    for path in sorted(path for path in files if not path.is_symlink()):
+        name = path.relative_to(folder).as_posix()
+        if name not in UNNAMED:
+            entries[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    for name, entry in (earlier or {}).items():
+        if name not in entries and (folder / name).is_file():
+            kept = {key: value for key, value in entry.items() if (key, value) != ("config_hash", about["config_hash"])}
+            entries[name] = kept
+    manifest = {"format": MANIFEST_FORMAT, **to_plain(about, null_for_nonfinite=True), "files": dict(sorted(entries.items()))}
+    write_json(folder / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Every file below a folder but for states and what killed writers left; symbolic links are not followed."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_leftover(name) and not is_state(Path(place) / name)]
+        yield from (Path(place) / name for name in files if not is_leftover(name))
+
+
+def is_state(folder: Path) -> bool:
+    """Whether a folder holds the state of a run that is not finished."""
+    return folder.name == "state" and (folder / "config_hash.json").is_file()
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The checked content of a `manifest.json`: whole, of a known format, and naming only what lies below it."""
+    path = Path(path)
+    found = read_json(path)
+
+    def bad(reason: str) -> CorruptError:
+        return CorruptError(f"{path}: not a whole manifest ({reason})")
+
+    if not isinstance(found, dict) or found.get("format") != MANIFEST_FORMAT:
+        raise bad(f"its format is not {MANIFEST_FORMAT!r}")
+    if found.get("sha256") != manifest_digest(found):
+        raise bad("its SHA-256 differs")
+    files = found.get("files")
+    if not isinstance(files, dict) or not isinstance(found.get("config_hash"), str):
+        raise bad("it names no files")
+    for name, entry in files.items():
+        parts = name.split("/")
+        if not name or "\\" in name or "\0" in name or Path(name).is_absolute() or not set(parts).isdisjoint({"", ".", ".."}):
+            raise bad(f"{name[:60]!r} lies outside its folder")
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str) or type(entry.get("bytes")) is not int:
+            raise bad(f"the entry of {name[:60]!r} is damaged")
+    return found
 
 
 # --- one owner per folder ---------------------------------------------------------------------------------------------------------
@@ -1180,4 +1369,35 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "threads": os.cpu_count(),
         "platform": platform.platform(),
+    }
+
+
+def provenance(
+    config_hash: str, config: Mapping[str, Any], seed: Any, precision: Any, made_in: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What every result says of its making: version, commit, configuration and its hash, seed, precision, device, packages.
+
+    **Arguments:** the hash of the configuration and the resolved configuration itself; the `seed` (or several) and the `precision`
+    that it was computed with; `made_in`, the `environment()` where the caller has it already.
+    """
+    found = dict(environment() if made_in is None else made_in)
+    return {
+        "version": found["hybridsim"],
+        "commit": found["commit"],
+        "config_hash": config_hash,
+        "config": dict(config),
+        "seed": seed,
+        "precision": precision,
+        "device": found["device"],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": found,
+    }
+
+
+def as_attributes(about: Mapping[str, Any]) -> dict[str, Any]:
+    """`provenance` as attributes of a NetCDF file: numbers and words, what is nested as JSON."""
+    plain = to_plain(about)
+    return {
+        name: "" if value is None else json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+        for name, value in plain.items()
     }

@@ -1,7 +1,6 @@
 """Everything that `hybridsim train` does: data, one training per seed, weights, a card."""
 
 import datetime
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxtyping import Float
 
 from hybridsim import losses, resuming, storage
 from hybridsim.estimates import check_need, need_of_training
+from hybridsim.experiment import provenance
 from hybridsim.journal import SAVE_EVERY
 from hybridsim.model import Model
 from hybridsim.progress import Reporter
@@ -269,14 +269,16 @@ def train_locked(
     label = spec.run
     work = folder / "training"
     needed = check_need(need_of_training(experiment), folder)
-    if not (resume and (work / resuming.BEGUN).exists()) and work.exists():
+    if not (resume and (work / resuming.BEGUN).exists()):
         # What another recipe left must never be taken for the training of this one.
-        shutil.rmtree(work)
+        storage.remove_folder(work, work / resuming.BEGUN)
+    earlier = storage.forget_manifest(folder)
     work.mkdir(exist_ok=True)
     resume = resuming.begin(work, experiment, "training", resume, force)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
     environment = storage.environment()
+    origins = provenance(experiment, label, environment) | {"seed": list(spec.seeds)}
     first_model, _ = model_to_train(experiment, spec.seeds[0])
     count = parameters(first_model.closures)
     say.line(
@@ -348,7 +350,7 @@ def train_locked(
                 tasks_for(seed),
                 recipe,
                 seed=seed,
-                checkpoints=storage.Checkpoints(work / f"seed-{seed}"),
+                checkpoints=storage.Checkpoints(work / f"seed-{seed}", about=origins | {"seed": seed}),
                 resume=resume,
                 save_every=save_every,
                 report=report,
@@ -382,7 +384,11 @@ def train_locked(
         "variants": spec.variants,
         "device": environment.get("device"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "version": environment["hybridsim"],
+        "commit": environment["commit"],
         "versions": environment,
+        "config_hash": experiment.config_hash,
+        "precision": experiment.dtype(label),
         "chosen_seed": best,
         "chosen_by": f"validation {recipe.choose}",
         "validation_bare": base,
@@ -395,6 +401,8 @@ def train_locked(
 
     (folder / "figures").mkdir(exist_ok=True)
     training_figure(histories["seed " + str(best)], folder / "figures" / "training.png")
+    written = ["config.yaml", "training.json", "training", "figures/training.png", f"{label}.json", f"{label}*.safetensors"]
+    storage.write_manifest(folder, written, {"command": "train", **origins}, earlier)
     say.line(f"weights: {folder / (label + '.safetensors')} (seed {best})")
     return 0
 
@@ -454,7 +462,9 @@ def _save_closures(experiment: "Experiment", model: Model, folder: Path, name: s
     label = experiment.spec.train.run
     trained = [i for i, c in enumerate(model.closures) if parameters((c,))]
     for i in trained:
-        header = {**experiment.weights_header(label, i), "versions": storage.environment(), **extra}
+        found = storage.environment()
+        made = {"version": found["hybridsim"], "commit": found["commit"], "device": found["device"], "versions": found}
+        header = {**experiment.weights_header(label, i), **made, "precision": experiment.dtype(label), **extra}
         header["constants"] = any(jax.tree.leaves(constants_among((model.closures[i],))))
         header["config_hash"] = experiment.config_hash
         file = f"{name}.safetensors" if len(trained) == 1 else f"{name}-{i}.safetensors"

@@ -30,7 +30,7 @@ class JsonLines:
     def write(self, record: Mapping[str, Any]) -> None:
         if self._file is None:
             self._keep_before(record["update"])
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = storage.open_log(self._path)
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
         if "validation" in record:
             self._file.flush()
