@@ -1,4 +1,4 @@
-"""The commands: run, train, show, check, new, list, peers, schema.
+"""The commands: run, train, bench, show, check, verify, doctor, new, card, list, peers, schema.
 
 Exit codes: 0 done and all checks passed · 1 a check failed · 2 bad input, before any compilation · 3 a run without `may_diverge`
 diverged · 130, 143 and 129 interrupted (Ctrl-C, SIGTERM, a closed terminal), state saved.
@@ -259,6 +259,36 @@ def check(
         runs = f"{len(loaded.labels)} run{'s' if len(loaded.labels) > 1 else ''}"
         typer.echo(f"{loaded.name}: valid; {runs}: {', '.join(loaded.labels)}; config hash {loaded.config_hash[:12]}")
         return 0
+
+    _leave(action)
+
+
+@app.command()
+def verify(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="A folder of results, or one file: weights, checkpoint, NetCDF.")
+    ] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="The cache folder instead.")] = False,
+) -> None:
+    """Check that every file is still what was written: digests, checksums, and what each kind promises."""
+
+    def action() -> int:
+        from hybridsim.verify import verify_command
+
+        return verify_command(target, cache, _console())
+
+    _leave(action)
+
+
+@app.command()
+def doctor() -> None:
+    """Examine this installation: packages, devices, precision, flags, cache, disk, and a small self-test."""
+
+    def action() -> int:
+        from hybridsim.doctor import doctor_command
+
+        # before JAX starts, and as the user's environment has it
+        return doctor_command(_console(), _start_jax)
 
     _leave(action)
 

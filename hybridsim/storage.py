@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -147,7 +148,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     _write_parts(path, [data.encode() if isinstance(data, str) else data])
 
 
-def _regular(path: Path) -> IO[bytes]:
+def _regular(path: Path) -> io.BufferedReader:
     """The file, opened for reading; a pipe or a device, which may have no end or never answer, is refused."""
     if path.exists() and not path.is_dir() and not path.is_file():
         raise StorageError(f"{path}: a pipe or a device, not a file")
@@ -982,13 +983,14 @@ def open_dataset(path: str | os.PathLike, group: str | None = None) -> "xr.Datas
     hold, or to over 2 GiB and over 100 times the size of its file, is refused, and so is what takes values from another file.
     """
     import xarray as xr
+    from xarray.backends import NetCDF4DataStore
 
     path = Path(path)
     with _fields(path) as file:
         if group is not None and group not in file.groups:
             raise StorageError(f"{path}: there is no group {group!r}; possible: {', '.join(file.groups) or 'none'}")
         file.set_auto_maskandscale(True)
-        store = xr.backends.NetCDF4DataStore(file, group=group)
+        store = NetCDF4DataStore(file, group=group)
         ds = xr.open_dataset(store, decode_times=False, decode_timedelta=False).load()
         ds.set_close(None)  # what it would close is closed here
         return ds
@@ -1329,7 +1331,7 @@ def _version(package: str) -> str | None:
 
 
 @functools.cache
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of the checkout that this package is run from, with `-dirty` if files differ from it; None elsewhere."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -1361,7 +1363,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "hybridsim": hybridsim.__version__,
-        "commit": _commit(),
+        "commit": source_commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "device": _processor() if device.platform == "cpu" else device.device_kind,

@@ -397,6 +397,10 @@ def test_training_writes_weights_that_the_run_takes(tmp_path, x64, console, monk
     left = folder / "training/seed-0/000000000012.json"
     left.parent.mkdir(parents=True)
     left.write_text("of another recipe")
+    with pytest.raises(storage.StorageError, match="hybridsim did not make this folder"):
+        train_experiment(trained, folder, False, console)
+    assert left.read_text() == "of another recipe"
+    storage.write_json(folder / "training/config_hash.json", "of another recipe")
     assert train_experiment(trained, folder, False, console) == 0
     assert left.read_text() != "of another recipe"
     card = storage.read_json(folder / "learned.json")
