@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -905,6 +906,7 @@ _DEFLATE = 1032
 """No byte that zlib has packed unpacks to more; what a file promises beyond that was never written."""
 _ALWAYS_READ = 2**27
 _LONGEST_CHUNK = 2**26
+"""A chunk is unpacked as a whole; netCDF-C makes them of 16 MiB at most."""
 MOST_WORDS = 4096
 """A file names samples, variables and fields in words; no honest one of ours has so many."""
 
@@ -925,7 +927,7 @@ def _fields(path: Path) -> Iterator[Any]:
 
     HDF5 can take values from other files: by links to objects there, by virtual arrays, and by arrays whose bytes lie anywhere.
     netCDF-C follows all three, and shows the last two as arrays without chunks, which none of ours are. Nor do ours have types
-    of their own, chunks that are larger than the file would need, or more values than its bytes could hold.
+    of their own, chunks that are larger than netCDF-C makes them, or more values than its bytes could hold.
     """
     import netCDF4
 
@@ -957,7 +959,7 @@ def _fields(path: Path) -> Iterator[Any]:
                     chunks = variable.chunking()
                     if chunks == "contiguous" and variable.ndim and variable.size:
                         raise bad(f"{name!r} has no chunks, so its values may lie in another file")
-                    if chunks != "contiguous" and math.prod(chunks) * width > max(_LONGEST_CHUNK, 2 * variable.size * width):
+                    if chunks != "contiguous" and math.prod(chunks) * width > _LONGEST_CHUNK:
                         raise bad(f"{name!r} is cut in chunks of {math.prod(chunks) * width / 2**20:.0f} MiB")
             if unpacked > max(_ALWAYS_READ, most):
                 raise StorageError(f"{path}: {size / 2**20:.1f} MiB would unpack to {unpacked / 2**30:.1f} GiB; not read")
@@ -1003,7 +1005,8 @@ def dataset_groups(path: str | os.PathLike) -> list[str]:
 
 
 def read_fields(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """(name, `netCDF4.Variable`) of every variable of a NetCDF-4 file and its groups, each read in pieces: every checksum is seen.
+    """(name, `netCDF4.Variable`) of every variable of a NetCDF-4 file and its groups, each read chunk by chunk, so that every
+    checksum is seen.
 
     At the end (name, group) of every group, the file itself as `""`.
     """
@@ -1011,10 +1014,10 @@ def read_fields(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
         for group in _groups_of(file):
             where = group.path.strip("/")
             for name, variable in group.variables.items():
-                values = max(1, _ALWAYS_READ // (64 if variable.dtype is str else variable.dtype.itemsize))
-                rows = max(1, values // max(1, variable.size // max(1, variable.shape[0] if variable.ndim else 1)))
-                for first in range(0, variable.shape[0] if variable.ndim else 1, rows):
-                    variable[first : first + rows] if variable.ndim else variable[...]
+                chunks = variable.chunking()
+                sizes = [max(1, size) for size in (variable.shape if chunks == "contiguous" else chunks)]
+                for corner in itertools.product(*(range(0, n, size) for n, size in zip(variable.shape, sizes, strict=True))):
+                    variable[tuple(slice(i, i + size) for i, size in zip(corner, sizes, strict=True)) or ...]
                 yield f"{where}/{name}".strip("/"), variable
         for group in _groups_of(file):
             yield group.path.strip("/"), group

@@ -5,6 +5,7 @@ checksums, keys, coordinates and units. NetCDF files are read by a process of it
 library that reads it. No content of any file ends this command otherwise than with a line that says what is wrong.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -31,8 +32,11 @@ OF_A_RUN = ("outcome", "accuracy", "t95", "drift", "seconds_per_unit_time", "par
 OF_A_FILE = ("config_hash", "seed", "version", "commit")
 """Attributes that every run's NetCDF file has."""
 
-SECONDS = 120.0
+SECONDS = 30.0
 """How long one NetCDF file may take to read, and a second for every 10 MiB of it."""
+
+MEMORY = 2**30
+"""Bytes that reading one NetCDF file may take; it is read chunk by chunk."""
 
 _MARKS = {True: "✓", False: "✗", None: "!"}
 _OURS = (storage.MANIFEST, "summary.json", "sweep.json", "bench.json", "state/config_hash.json", "training/config_hash.json")
@@ -59,10 +63,10 @@ def _guarded(name: str, check: Callable[[], str]) -> Finding:
     """The finding of a check that returns what is good about the file, or raises."""
     try:
         return Finding(name, True, check())
-    except storage.StorageError as error:
-        return Finding(name, False, _one_line(error).removeprefix(f"{name}: "))
-    except ConfigError as error:
-        return Finding(name, False, _one_line(error))
+    except (storage.StorageError, ConfigError) as error:
+        text = _one_line(error)
+        _, found, reason = text.partition(f"{Path(name).name}: ")
+        return Finding(name, False, reason if found else text)
     except Exception as error:
         # whatever a file holds, it is the file that is wrong
         return Finding(name, False, f"cannot be read ({type(error).__name__}: {_one_line(error)})")
@@ -223,7 +227,14 @@ class _Fields:
 
 
 def _serve() -> None:
-    """The process that reads NetCDF files: a path per line in, `[good, sentence]` per line out."""
+    """The process that reads NetCDF files: a path per line in, `[good, sentence]` per line out; with a bound on its memory."""
+    import netCDF4  # noqa: F401 -- what it takes is not of the file
+
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
     for line in sys.stdin:
         path = Path(json.loads(line))
         finding = _guarded(path.name, lambda path=path: fields(path))

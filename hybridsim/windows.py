@@ -56,6 +56,26 @@ class InMemory:
         return self.data[trajectory, start:stop]
 
 
+_CODECS = {"bytes", "blosc", "crc32c"}
+"""Codecs of the arrays that `write_zarr` makes; there are others that run what they read."""
+
+
+def _check_zarr(folder: Path) -> None:
+    """Refuses an array that `write_zarr` did not make, from its metadata alone."""
+    try:
+        about = storage.read_json(folder / "zarr.json")
+        codecs = [codec["name"] for codec in about["codecs"]]
+        known = about["zarr_format"] == 3 and about["node_type"] == "array" and about["data_type"] in ("float32", "float64")
+        known = known and about["chunk_grid"]["configuration"]["chunk_shape"][0] == 1 and not about.get("storage_transformers")
+        odd = sorted(set(codecs) - _CODECS)
+    except (storage.StorageError, KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise storage.CorruptError(f"{folder}: no Zarr array can be read there: {reason}") from error
+    if odd or not known:
+        what = f"its codec {odd[0]!r} is not ours" if odd else "hybridsim did not make it"
+        raise storage.CorruptError(f"{folder}: this array is not read, {what}; remove the folder, and it is made anew")
+
+
 class Zarr:
     """Windows of a Zarr array on disk: only the chunks that hold a window are read, and each is verified by its checksum.
 
@@ -66,6 +86,7 @@ class Zarr:
         import zarr
 
         self.folder = folder
+        _check_zarr(folder)
         try:
             self.array: Any = zarr.open_array(str(folder), mode="r")
         except Exception as error:
