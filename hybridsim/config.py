@@ -505,7 +505,7 @@ def estimate_memory(shape: Sequence[int], channels: int, precision: str, samples
 # --- experiment ------------------------------------------------------------------------------------------------------------------
 
 MOST_STEPS = 10**9
-RESERVED = ("all", "reference", "config_hash.json", "manifest", "summary", "training")
+RESERVED = ("all", "reference", "begun.json", "manifest", "summary", "training")
 """Words that no run may be called: the key of `checks`, and files that every folder of results has."""
 
 

@@ -127,7 +127,7 @@ def flags(environment: Mapping[str, str]) -> Iterator[Finding]:
         if name in FAST_MATH and on:
             good = False
             yield Finding("✗", "XLA_FLAGS", f"{name} changes results and may hide a blow-up; remove it")
-        elif name in OTHER_FLAGS and on:
+        elif name in OTHER_FLAGS:
             good = False
             yield Finding("!", "XLA_FLAGS", f"{name}: {OTHER_FLAGS[name]}; remove it unless you mean it")
     for name, what in VARIABLES.items():
@@ -243,7 +243,7 @@ def started() -> Iterator[Finding]:
     matmul = jax.config.values.get("jax_default_matmul_precision")
     chosen = str(jax.config.values.get("jax_platforms") or "")
     yield from devices(jax.default_backend(), [d.device_kind for d in found], gpu_visible(), matmul, chosen)
-    if jnp.zeros((), jnp.float64).dtype != jnp.float64:
+    if jnp.result_type(float) != jnp.float64:
         yield Finding("✗", "precision", "double precision cannot be switched on; unset JAX_ENABLE_X64")
     else:
         yield Finding("✓", "precision", "single and double")

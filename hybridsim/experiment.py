@@ -1039,7 +1039,7 @@ def run_locked(
     page = write_report(folder)
     about = {"command": "run", **provenance(experiment, environment=environment)}
     storage.write_manifest(folder, files_of(experiment), about, earlier)
-    storage.remove_folder(folder / "state", folder / "state" / "config_hash.json")
+    storage.remove_folder(folder / "state", folder / "state" / resuming.BEGUN)
     for row in rows:
         say.line(("✓ " if row["passed"] else "✗ ") + row["sentence"])
     say.line(f"report: {page}")

@@ -1206,7 +1206,7 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 def is_state(folder: Path) -> bool:
     """Whether a folder holds the state of a run that is not finished."""
-    return folder.name == "state" and (folder / "config_hash.json").is_file()
+    return folder.name == "state" and (folder / "begun.json").is_file()
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def process(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess, fl
 def test_help_comes_at_once(tmp_path: Path):
     done, seconds = process("-m", "hybridsim.cli", "--help", cwd=ROOT)
     assert done.returncode == 0
-    for command in ("run", "train", "show", "check", "new", "list", "peers", "schema"):
+    for command in ("run", "train", "bench", "show", "check", "verify", "doctor", "new", "list", "peers", "schema"):
         assert f"│ {command} " in done.stdout
     assert seconds < 1
 

@@ -167,10 +167,8 @@ def test_what_is_harmless_is_let_through(code):
 
 SECONDS, MEBIBYTES = 2.0, 200.0
 
-PICKLE = (
-    b"\x80\x04\x95\x2c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94"
-    b"\x8c\x0etouch executed\x94\x85\x94R\x94."
-)
+PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
+
 
 DATA = Path(__file__).parent / "data" / "hostile_netcdf.json"
 HDF5 = {name: text for name, text in json.loads(DATA.read_text(encoding="utf-8")).items() if name != "about"}
@@ -290,6 +288,13 @@ HOSTILE = {
     "a long JSON": ("json", b"[" + b"1," * (40 * 2**20) + b"1]"),
     "nested manifest": ("manifest", b'{"files":' * 10**6),
 }
+
+
+def test_the_pickle_would_run(tmp_path):
+    """The hostile files are hostile: unpickled, this one leaves a file."""
+    code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"
+    subprocess.run([sys.executable, "-c", code], input=PICKLE, cwd=tmp_path, check=True)
+    assert (tmp_path / "executed").exists()
 
 
 @pytest.fixture(scope="module")
