@@ -958,7 +958,7 @@ def _fields(path: Path) -> Iterator[Any]:
                     unpacked += variable.size * width
                     chunks = variable.chunking()
                     if chunks == "contiguous" and variable.ndim and variable.size:
-                        raise bad(f"{name!r} has no chunks, so its values may lie in another file")
+                        raise bad(f"{name!r} has no chunks, as ours have, so its values may lie in another file")
                     if chunks != "contiguous" and math.prod(chunks) * width > _LONGEST_CHUNK:
                         raise bad(f"{name!r} is cut in chunks of {math.prod(chunks) * width / 2**20:.0f} MiB")
             if unpacked > max(_ALWAYS_READ, most):

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hybridsim import ablation, train
+from hybridsim import ablation, storage, train
 from hybridsim.cli import app
 from hybridsim.config import experiment_from, load_experiment
+from hybridsim.verify import verify_folder
 from hybridsim.yaml_reader import ConfigError
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -246,6 +247,8 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
     assert Path("out/cases/flux/mine.safetensors").stat().st_mtime_ns == stamp
     again = json.loads(Path("out/sweep.json").read_text())
     assert [(c["case"], c["scores"]) for c in again["cases"]] == [(c["case"], c["scores"]) for c in whole["cases"]]
+    assert [str(f) for f in verify_folder(Path("out")) if f.good is not True] == []
+    assert "cases/flux/mine.safetensors" in storage.read_manifest("out/manifest.json")["files"]
     result = hybridsim("train", "case.yaml", "train.power=1.0", "--out", "out", "--resume")
     assert result.exit_code == 2
     assert "holds the sweep of another configuration" in result.stderr
@@ -274,6 +277,8 @@ def test_runs_are_ranked_beside_the_others(tmp_path, monkeypatch):
         assert c["outcome"] == summary["outcome"]
         assert c["score"] == (summary["t80_at_least"] if summary["t80"] is None else summary["t80"])
     assert Path("out/others/report.html").exists()
+    assert [str(f) for f in verify_folder(Path("out")) if f.good is not True] == []
+    assert "cases/c_0.5/manifest.json" in storage.read_manifest("out/manifest.json")["files"]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------------------

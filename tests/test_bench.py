@@ -16,6 +16,7 @@ from hybridsim.cli import app
 from hybridsim.config import shipped_benches
 from hybridsim.diagnostics import crossing_time
 from hybridsim.sections import Bench, Family, Run
+from hybridsim.verify import verify_folder
 from hybridsim.yaml_reader import ConfigError, parse_yaml
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -97,6 +98,25 @@ def test_every_claim_has_its_numbers(finished):
         assert rung["compile_seconds"] > 0
         assert len(rung["seconds_by_round"]) == 3
         assert rung["cost"] == pytest.approx(sorted(rung["seconds_by_round"])[1])
+
+
+def test_every_file_is_named_and_says_what_made_it(finished):
+    _, out = finished
+    findings = verify_folder(out)
+    assert [str(f) for f in findings if f.good is not True] == []
+    manifest = storage.read_manifest(out / "manifest.json")
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == there - {"manifest.json", "log.txt"}
+    inner = storage.read_manifest(out / "waves/manifest.json")
+    assert {"tuning.json", "limit.json", "turns.json", "summary.json", "reference.nc", "cut.nc"} <= set(inner["files"])
+    attrs = dict(storage.open_dataset(out / "bench.nc").attrs)
+    attrs |= {"versions": json.loads(attrs["versions"]), "seed": json.loads(attrs["seed"])}
+    for found in (manifest, attrs, json.loads((out / "bench.json").read_text())):
+        assert found["config_hash"] == manifest["config_hash"]
+        assert found["seed"] == {"waves": inner["seed"]}
+        assert {"version", "commit", "precision", "device"} <= set(found)
+        assert set(storage.PACKAGES) <= set(found["versions"])
+    assert manifest["inputs"] == {"waves": inner["config_hash"]}
 
 
 def test_rivals_take_the_largest_steps_that_keep_their_accuracy(finished):

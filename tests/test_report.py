@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 import yaml
 
-from hybridsim import diagnostics, gas, report
+from hybridsim import diagnostics, gas, report, storage
 from hybridsim.contract import Variable
 from hybridsim.experiment import _pdf
 from hybridsim.grid import Grid
@@ -41,6 +41,11 @@ runs:
 compare: {modes: 15}
 """
 HOSTILE = "<script>alert('$x_1$')</script>"
+
+
+def stored(ds, file, mode="w", group=None):
+    """Written as `storage.save_groups` does, one group at a time."""
+    ds.to_netcdf(file, mode=mode, group=group, engine="netcdf4", encoding=storage._encoding(ds, 2))
 
 
 def velocity_on(grid, variables, modes, hat):
@@ -83,17 +88,17 @@ def make_folder(path, *, samples=3, hostile=False):
         variables = (Variable("u", "1", at_u), Variable("v", "1", at_v))
         ds = diagnostics.field_dataset(velocity_on(grid, variables, psi, truth * keep), TIMES, grid, variables)
         ds = diagnostics.with_diagnostics(ds, grid, variables, statistics_from=2.0)
-        ds.to_netcdf(reference, mode="w" if i == 0 else "a", group=name)
+        stored(ds, reference, mode="w" if i == 0 else "a", group=name)
         filtered[name] = (ds, grid, variables, keep)
     variables = (Variable("u", "1", (0.5, 0.5)), Variable("v", "1", (0.5, 0.5)))
     shots = [5, 10, 15, 20]
     fine = diagnostics.field_dataset(velocity_on(FINE, variables, psi, truth[:1, shots]), TIMES[shots], FINE, variables)
-    fine.to_netcdf(reference, mode="a", group="fine")
+    stored(fine, reference, mode="a", group="fine")
     decay = 1 - 2e-9 * np.exp(3.5 * TIMES) * np.linspace(0.4, 2, samples)[:, None]
     half = xr.Dataset({"correlation": (("sample", "time"), np.clip(decay, 0, 1))}, {"time": TIMES})
     until = diagnostics.crossing_time(TIMES, half["correlation"].mean("sample").values, 0.99)[0]
     half.attrs.update(converged_until=until, shape=[256, 256], half_shape=[128, 128], dt=0.002)
-    half.to_netcdf(reference, mode="a", group="convergence")
+    stored(half, reference, mode="a", group="convergence")
 
     recipes = {
         "bare_32": ("spectral_32x32", 1.0, 0.04, 0.3),
@@ -119,7 +124,7 @@ def make_folder(path, *, samples=3, hostile=False):
         ds = diagnostics.field_dataset(u, TIMES, grid, variables, attrs)
         ds = diagnostics.with_diagnostics(ds, grid, variables, reference=ds_ref, modes=MODES, statistics_from=2.0)
         name = "hostile" if label == HOSTILE else label
-        ds.to_netcdf(path / f"{name}.nc")
+        stored(ds, path / f"{name}.nc")
         rho = ds["correlation"].values
         found95, found80 = (diagnostics.t_correlated(TIMES, rho, level) for level in (0.95, 0.8))
         error = diagnostics.spectrum_error(
@@ -458,7 +463,7 @@ def make_family(path, family, *, samples=2):
         known = diagnostics.with_diagnostics(known, grid, variables, solver=solver, statistics_from=end / 2)
         values = diagnostics.compared_field(truth, grid, variables, solver)
         known = known.assign(pdf=_pdf(values, solver))
-        known.to_netcdf(reference, mode="w" if i == 0 else "a", group=group)
+        stored(known, reference, mode="w" if i == 0 else "a", group=group)
         for label in [f"bare_{i}", "wild"] if i == 0 else [f"bare_{i}"]:
             angle = np.minimum(np.pi / 2, (times / end * (4 + 2 * i)) ** 2 / 3).reshape(-1, *(1,) * (grid.ndim + 1))
             u = np.cos(angle) * truth + np.sin(angle) * other
@@ -471,7 +476,7 @@ def make_family(path, family, *, samples=2):
             ds = diagnostics.field_dataset(u.astype(np.float32), times, grid, variables, attrs)
             ds = diagnostics.with_diagnostics(ds, grid, variables, solver=solver, reference=known, modes=3, statistics_from=end / 2)
             values = diagnostics.compared_field(u, grid, variables, solver)
-            ds.assign(pdf=_pdf(values, solver, known["pdf"])).to_netcdf(path / f"{label}.nc")
+            stored(ds.assign(pdf=_pdf(values, solver, known["pdf"])), path / f"{label}.nc")
             found = {level: diagnostics.t_correlated(times, ds["correlation"].values, level) for level in (0.95, 0.8)}
             gone = {
                 key: "of a reason"
@@ -503,9 +508,9 @@ def make_family(path, family, *, samples=2):
     solver = make(Grid(fine_shape, lengths, boundaries), equation)
     fine = diagnostics.field_dataset(waves(solver, 1, 1, times[::10]), times[::10], solver.grid, solver.variables)
     fine = diagnostics.with_vorticity(fine, solver.grid, solver.variables, solver)
-    fine.to_netcdf(reference, mode="a", group="fine")
+    stored(fine, reference, mode="a", group="fine")
     half = xr.Dataset({"correlation": (("sample", "time"), 1 - 1e-5 * (1 + times[None]) ** 2)}, {"time": times})
-    half.assign_attrs(converged_until=0.8 * end).to_netcdf(reference, mode="a", group="convergence")
+    stored(half.assign_attrs(converged_until=0.8 * end), reference, mode="a", group="convergence")
     config = {
         "equation": {"use": "some_equation"} | ({"scalars": dict(equation.scalars)} if family == "scalar" else {}),
         "domain": {"lengths": list(lengths), "boundaries": list(boundaries)},
@@ -683,7 +688,7 @@ def make_gas(path, name, *, samples=2):
         known = diagnostics.field_dataset(truth, times, grid, variables)
         known = gas.with_diagnostics(known, truth, grid, variables, medium, conserved=(), statistics_from=0.5)
         known = known.assign(pdf=_pdf(gas.log_density(truth, grid), solver))
-        known.to_netcdf(reference, mode="w" if i == 0 else "a", group=group)
+        stored(known, reference, mode="w" if i == 0 else "a", group=group)
         for label, share in ({f"bare_{i}": 0.3, f"learned_{i}": 0.1} | ({"wild": 0.5} if i == 0 else {})).items():
             part = share * times.reshape(-1, *(1,) * (grid.ndim + 1))
             u = (1 - part) * truth + part * other
@@ -702,7 +707,7 @@ def make_gas(path, name, *, samples=2):
                 ds, u, grid, variables, medium, reference=truth, modes=3, statistics_from=0.5, ledger=ledger, bins=bins
             )
             ds["error"].attrs["at"] = 0.8
-            ds.assign(pdf=_pdf(gas.log_density(u, grid), solver, known["pdf"])).to_netcdf(path / f"{label}.nc")
+            stored(ds.assign(pdf=_pdf(gas.log_density(u, grid), solver, known["pdf"])), path / f"{label}.nc")
             good = label != "wild"
             errors = {f: float(ds["error"].sel(field=f, time=0.8).mean()) for f in gas.FIELDS}
             row = {"mean": 1.1, "standard_error": 0.02, "reference": 1.0, "reference_standard_error": 0.02, "difference": 0.1}
@@ -734,13 +739,13 @@ def make_gas(path, name, *, samples=2):
             settings[label] = {"solver": "finite_volume", "shape": list(shape), "corrections": closures}
     solver = CompressibleFiniteVolume(Grid(fine_shape, lengths, boundaries), equation)
     fine = diagnostics.field_dataset(gas_waves(solver, 1, 1, times[::5]), times[::5], solver.grid, solver.variables)
-    fine.assign_attrs(gamma=equation.gamma).to_netcdf(reference, mode="a", group="fine")
+    stored(fine.assign_attrs(gamma=equation.gamma), reference, mode="a", group="fine")
     change = np.stack([np.outer(np.ones(samples), 0.01 * times * k) for k in (2, 7, 1)])
     half = xr.Dataset(
         {"error": (("field", "sample", "time"), change), "correlation": (("sample", "time"), 1 - 0.1 * change[0])},
         {"time": times, "field": list(gas.FIELDS)},
     )
-    half.assign_attrs(converged_until=0.7).to_netcdf(reference, mode="a", group="convergence")
+    stored(half.assign_attrs(converged_until=0.7), reference, mode="a", group="convergence")
     config = {
         "equation": {"use": "compressible", "gamma": equation.gamma}
         | ({"cooling": {"use": "power_law"}} if name == "layer" else {}),
