@@ -490,6 +490,7 @@ def write_card(name: str, folders: Sequence[Path], out: Path | None = None, *, a
     folder = weights.parent if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{stem}.json", folder / f"{stem}.md"
-    storage.write_json(paths[0], card)
-    storage.atomic_write(paths[1], card_text(card, stem))
+    with storage.renewed(folder, [path.name for path in paths]):
+        storage.write_json(paths[0], card)
+        storage.atomic_write(paths[1], card_text(card, stem))
     return paths

@@ -1972,10 +1972,15 @@ def write_report(folder: Path) -> Path:
 
     Reads only what stands in the folder. Returns the path of the page.
     """
+    with storage.renewed(folder, ["report.html", "figures/*.png"]):
+        return _write_page(Path(folder))
+
+
+def _write_page(folder: Path) -> Path:
     import jinja2
     import matplotlib
 
-    found = read_folder(Path(folder))
+    found = read_folder(folder)
     figures = []
     with matplotlib.rc_context(STYLE):
         for name, title, caption, figure in _figures(found):

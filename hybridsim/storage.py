@@ -1197,6 +1197,24 @@ def write_manifest(
     write_json(folder / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
 
 
+@contextlib.contextmanager
+def renewed(folder: str | os.PathLike, names: Iterable[str]) -> Iterator[None]:
+    """A block that writes files `names` anew in a folder that is finished: its manifest is gone meanwhile, and names them after.
+
+    In a folder without a manifest nothing happens.
+    """
+    try:
+        found = read_manifest(Path(folder) / MANIFEST)
+    except StorageError:
+        yield
+        return
+    earlier = forget_manifest(folder)
+    try:
+        yield
+    finally:
+        write_manifest(folder, names, {k: v for k, v in found.items() if k not in ("format", "files", "sha256")}, earlier)
+
+
 def _inside(folder: Path) -> Iterator[Path]:
     """Every file below a folder but for states and what killed writers left; symbolic links are not followed."""
     for place, folders, files in os.walk(folder):

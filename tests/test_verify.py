@@ -129,6 +129,18 @@ def test_a_manifest_is_gone_before_anything_is_written_over(tmp_path, made, monk
     assert entry["config_hash"] == storage.read_manifest(made / "manifest.json")["config_hash"]
 
 
+def test_a_page_that_is_drawn_again_is_named_again(folder):
+    from hybridsim.report import write_report
+
+    before = storage.read_manifest(folder / "manifest.json")
+    flip(folder / "summary.json", -3, 10 ^ 9)  # a new line becomes a tab: other bytes, the same values
+    write_report(folder)
+    assert list(damaged(folder)) == ["summary.json"]
+    after = storage.read_manifest(folder / "manifest.json")
+    assert {**after, "files": 0, "sha256": 0} == {**before, "files": 0, "sha256": 0}
+    assert after["files"].keys() == before["files"].keys()
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failing_write_leaves_no_half_a_manifest(tmp_path, monkeypatch, call):
     storage.write_json(tmp_path / "a.json", 1)
