@@ -1,7 +1,7 @@
 """A picture of what diverged: the field at fault in the last finite state of each such run, and what may help."""
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def _draw(axes: "Axes", data: "xr.Dataset") -> None:
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     signed = low < 0 < high
     limit = max(-low, high)
-    scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "viridis"}
+    scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "viridis"}
     image = axes.pcolormesh(places[0], places[1], values.T, shading="nearest", rasterized=True, **scale)
     axes.plot([places[0][cell[0]]], [places[1][cell[1]]], linestyle="", **mark)
     axes.set(xlabel=names[0].removesuffix("_face"), ylabel=names[1].removesuffix("_face"))

@@ -201,6 +201,6 @@ def dataset(found: Found, model: Model, said: Sequence[str], attrs: Mapping[str,
 
     about = {"outcome": str(found.blowup), "advice": "; ".join(said), **found.blowup.as_json()}
     solver = model.solver
-    return field_dataset(found.before[None, None], [found.time], solver.grid, solver.variables, {**attrs, **about}).assign_coords(
-        sample=[found.blowup.sample]
-    )
+    return field_dataset(
+        found.before[None, None], np.array([found.time]), solver.grid, solver.variables, {**attrs, **about}
+    ).assign_coords(sample=[found.blowup.sample])

@@ -891,7 +891,15 @@ def run_experiment(
 
 def files_of(experiment: "Experiment") -> list[str]:
     """The files that `hybridsim run` leaves in its folder, as patterns for its manifest."""
-    fixed = ["config.yaml", "reference.nc", "summary.json", "training.json", "report.html", "figures/*.png", f"{blowups.FOLDER}/*.nc"]
+    fixed = [
+        "config.yaml",
+        "reference.nc",
+        "summary.json",
+        "training.json",
+        "report.html",
+        "figures/*.png",
+        f"{blowups.FOLDER}/*.nc",
+    ]
     return [*fixed, *(f"{label}.nc" for label in experiment.labels)]
 
 

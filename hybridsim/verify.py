@@ -39,7 +39,7 @@ MEMORY = 2**30
 """Bytes that reading one NetCDF file may take; it is read chunk by chunk."""
 
 _MARKS = {True: "✓", False: "✗", None: "!"}
-_OURS = (storage.MANIFEST, "summary.json", "sweep.json", "bench.json", "state/config_hash.json", "training/config_hash.json")
+_OURS = (storage.MANIFEST, "summary.json", "sweep.json", "bench.json", "state/begun.json", "training/begun.json")
 """Files by one of which a folder is known as hybridsim's."""
 
 
@@ -404,10 +404,10 @@ def _owner(lock: Path) -> str:
 
 
 def _without_manifest(folder: Path) -> Finding:
-    state, training = folder / "state" / "config_hash.json", folder / "training" / "config_hash.json"
+    state, training = folder / "state" / "begun.json", folder / "training" / "begun.json"
     if state.is_file():
         return Finding(".", None, "unfinished: go on with --resume")
-    if training.is_file() or (folder / "sweep_hash.json").is_file():
+    if training.is_file() or (folder / "sweep_begun.json").is_file():
         return Finding(".", None, "unfinished: go on with --resume (or finished by a version that wrote no manifests)")
     return Finding(".", None, f"no {storage.MANIFEST}: unfinished, or of a version before it; each file is checked by itself")
 

@@ -85,12 +85,14 @@ class ExponaxStepper(AbstractStepper):
             return exponax.stepper.KuramotoSivashinskyConservative(1, length, n, dt, fourth_order_scale=scale, order=4)
 
     def prepare(self, solver, dt, dtype) -> PyTree:
+        assert isinstance(solver, SpectralKS)
         real = jnp.dtype(dtype)
         into = {False: real, True: jnp.result_type(real, jnp.complex64)}
         arrays = eqx.filter(self._stepper(solver, dt), eqx.is_inexact_array)
         return jax.tree.map(lambda a: a.astype(into[jnp.iscomplexobj(a)]), arrays)
 
     def __call__(self, solver, coefficients, z, t, dt, tendency):
+        assert isinstance(solver, SpectralKS)
         static = eqx.partition(self._stepper(solver, 0.01), eqx.is_inexact_array)[1]
         with jax.numpy_rank_promotion("allow"):
             return {**z, "u": eqx.combine(coefficients, static).step_fourier(z["u"][None])[0]}
