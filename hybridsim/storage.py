@@ -43,7 +43,9 @@ T = TypeVar("T")
 FORMAT = "hybridsim tensors 1"
 LONGEST_HEADER = 16 * 2**20
 """A safetensors header names arrays; no honest one of ours comes near 16 MiB."""
-LONGEST_JSON = 64 * 2**20
+LONGEST_JSON = 32 * 2**20
+MOST_JSON_VALUES = 690_000
+"""Every value of a JSON text takes a hundred bytes or more once it is read."""
 
 
 class StorageError(Exception):
@@ -287,7 +289,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _parse_json(data: bytes | bytearray | str, path: Path, what: str = "JSON") -> Any:
+def _count_values(data: bytes | bytearray | str, path: str | os.PathLike, what: str, marks: str = ",[{") -> None:
+    """Refuses a text with more values than are read. Marks inside of words count, too: honest files have few."""
+    count = sum(data.count(mark) if isinstance(data, str) else data.count(mark.encode()) for mark in marks)
+    if count > MOST_JSON_VALUES:
+        raise CorruptError(f"{path}: not possible as {what} ({count} values or more; at most {MOST_JSON_VALUES} are read)")
+
+
+def _parse_json(data: bytes | bytearray | str, path: Path, what: str = "JSON", marks: str = ",[{") -> Any:
+    _count_values(data, path, what, marks)
     try:
         text = data if isinstance(data, str) else data.decode()
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -297,7 +307,7 @@ def _parse_json(data: bytes | bytearray | str, path: Path, what: str = "JSON") -
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read strict JSON: no NaN, no key twice, 64 MiB at most."""
+    """Read strict JSON: no NaN, no key twice, 32 MiB and `MOST_JSON_VALUES` at most."""
     path = Path(path)
     return _parse_json(_read(path, LONGEST_JSON), path)
 
@@ -399,6 +409,8 @@ def _write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], meta:
     text += b" " * (-len(text) % 8)
     if len(text) > LONGEST_HEADER:
         raise StorageError(f"{path}: the names and notes need {len(text)} bytes; {LONGEST_HEADER} are possible")
+    _count_values(text, path, "a header", ":")  # what is written can be read
+    _count_values(note, path, "a header")
     length = len(text).to_bytes(8, "little")
     digest = hashlib.sha256(length + text)
     for array in arrays:
@@ -431,7 +443,8 @@ def _parse_header(path: Path, data: bytes | bytearray, size: int) -> _Header:
     end = len(_OPENING) + 64
     if not text.startswith(_OPENING):
         raise bad("it carries no digest")
-    header = _parse_json(text, path, "a header")
+    # the notes are one word of it, with commas of their own
+    header = _parse_json(text, path, "a header", ":")
     try:
         fields = header.pop("__metadata__")
         if fields["format"] != FORMAT:

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
+MOST_RECORDS = 40_000
+"""`training.json` holds so many records in full; of longer histories it holds what the card does, and the logs hold all."""
+
 
 # --- data ------------------------------------------------------------------------------------------------------------------------
 
@@ -360,7 +363,8 @@ def train_locked(
                 log.close()
         outcomes[seed] = outcome
         histories[f"seed {seed}"] = outcome.history
-        storage.write_json(folder / "training.json", histories)
+        kept = histories if sum(map(len, histories.values())) <= MOST_RECORDS else {k: _thin(h) for k, h in histories.items()}
+        storage.write_json(folder / "training.json", kept)
         summary = _seed_summary(outcome)
         _save_closures(experiment, outcome.model, folder, f"{label}-seed{seed}", {"training": {"seed": seed, **summary}})
         best = f"best validation {_said(outcome.best_validation)} at update {outcome.best_update}"

@@ -318,6 +318,15 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MOST_JSON_VALUES", 1000)
+    storage.save_tree(tmp_path / "t", {"a": 1}, {"history": [0] * (storage.MOST_JSON_VALUES - 10)})
+    assert len(storage.load_tree(tmp_path / "t", {"a": 0})[1]["history"]) == storage.MOST_JSON_VALUES - 10
+    with pytest.raises(storage.StorageError, match="at most 1000 are read"):
+        storage.save_tree(tmp_path / "t", {"a": 2}, {"history": [0] * (storage.MOST_JSON_VALUES + 1)})
+    assert storage.load_tree(tmp_path / "t", {"a": 0})[0] == {"a": 1}
+
+
 def test_double_precision_is_never_cut_silently(tmp_path):
     storage.save_tree(tmp_path / "t", {"a": np.zeros(2)})
     with pytest.raises(storage.StorageError, match="jax_enable_x64"):
