@@ -74,6 +74,7 @@ def check_same(
 
     if not isinstance(old, dict) or not {"config", "files", "environment"} <= old.keys():
         raise storage.StorageError(f"{folder / BEGUN}: damaged; start again without --resume")
+    folder = folder.parent
     way_out = "resume with the same YAML, or start another --out without --resume"
     changed = list(differences(old["config"], storage.to_plain(experiment.resolved, null_for_nonfinite=True)))
     serious = [c for c in changed if not is_harmless(c[0], what)]

@@ -23,6 +23,9 @@ from hybridsim.storage import Checkpoints, StorageError
 from hybridsim.symmetry import symmetries, turned
 from hybridsim.windows import InMemory, Prefetch, Windows, batch, digest_of
 
+MOST_RECORDS = 20_000
+"""Records of a history that are kept; of a longer one every second is dropped, as often as need be, but for validations."""
+
 Schedule = Literal["cosine", "linear", "exponential", "constant"]
 Choice = Literal["t95", "correlation", "error", "temperature_error"]
 Keep = Literal["best", "last"]
@@ -663,6 +666,9 @@ def train(
                 )
                 spent += time.perf_counter() - clock
             history.append(record)
+            if len(history) > MOST_RECORDS:
+                # by the records alone, so that a training that was resumed keeps the same ones
+                history = [r for i, r in enumerate(history) if i % 2 or "validation" in r]
             if "validation" in record or cadence.due():
                 save()
             try:

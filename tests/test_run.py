@@ -122,7 +122,7 @@ def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatc
         run_experiment(experiment(tmp_path), folder, False, console)
     STOP.requested = None
     with pytest.raises(storage.StorageError, match=r"another configuration: samples\.seed was 7, is 8; resume with the same YAML"):
-        run_experiment(experiment(tmp_path, samples={"count": 1, "seed": 8}), folder, True, console)
+        run_experiment(experiment(tmp_path, samples={"count": 2, "seed": 8}), folder, True, console)
     with pytest.raises(storage.StorageError, match=r"title was 'case', is 'Other'; it changes no state: --force goes on with it"):
         run_experiment(experiment(tmp_path, title="Other"), folder, True, console)
     marker = folder / "state" / "begun.json"

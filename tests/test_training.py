@@ -20,6 +20,7 @@ from flows import kolmogorov, learned, random_flow, solver_of, square
 from test_compressible import rough_flow
 
 from hybridsim import losses, reference, windows
+from hybridsim import train as training_loop
 from hybridsim.config import experiment_from
 from hybridsim.contract import with_constants
 from hybridsim.corrections.eddy import Hyperviscosity, Leith, Smagorinsky
@@ -288,6 +289,13 @@ def test_loss_falls_and_an_interrupted_training_resumes_bit_for_bit(tmp_path, re
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(start, jax.tree.leaves(whole.model.closures), strict=True))
     with pytest.raises(StorageError, match="other data"):
         _train(model, 2 * data, recipe, checkpoints=checkpoints, resume=True)
+
+
+def test_a_long_history_is_thinned_by_itself(monkeypatch):
+    monkeypatch.setattr(training_loop, "MOST_RECORDS", 3)
+    model, data = _problem()
+    found = [(r["update"], "validation" in r) for r in _train(model, data).history]
+    assert found == [(3, True), (5, False), (6, True)]
 
 
 def test_a_poisoned_batch_is_skipped_and_too_many_lead_back():
