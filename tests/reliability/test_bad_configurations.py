@@ -187,7 +187,7 @@ def complaints(base, path, how, junk, folder):
             yield f"does not name the nearest key: {sentence!r}"
         return
     except Exception as error:
-        yield f"{type(error).__name__}: {error}"
+        yield f"{key_path(path)} = {junk!r}: {type(error).__name__}: {error}"
         return
     rule = rule_of(path)
     if how == "replace" and rule is not None and not rule(junk):
