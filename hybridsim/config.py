@@ -263,6 +263,11 @@ def blank(build: Callable[[], Any]) -> Any:
         # a constructor that looks at its own random numbers cannot be traced
         return build()
     leaves = [leaf for leaf in jax.tree.leaves(shapes) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    needed, memory = sum(float(math.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves), machine_memory()
+    if needed > memory:
+        raise ConfigError(
+            f"its numbers need about {needed / GIB:.3g} GiB, and this machine has {memory / GIB:.3g} GiB; choose a smaller one"
+        )
     if not all(jnp.issubdtype(leaf.dtype, np.inexact) for leaf in leaves):
         return build()
     fill = lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf  # noqa: E731
@@ -830,6 +835,34 @@ class Experiment:
             )
         if len(set(train.seeds)) < len(train.seeds):
             raise ConfigError(f"train.seeds: found {show_value(train.seeds)}, and a seed given twice trains the same closure twice")
+        self._check_training_memory(train)
+
+    def _check_training_memory(self, train: Train) -> None:
+        """Refuse data, and windows of them, that this machine cannot hold; their channels are at least as many as dimensions."""
+        run, data, channels, memory = self.spec.runs[train.run], train.data, len(self.spec.domain.lengths), machine_memory()
+        state = float(math.prod(run.shape)) * channels * (8 if run.precision == "float64" else 4)
+        shape, together = data.shape or self.spec.reference.shape, min(data.together or data.trajectories, data.trajectories)
+        held = data.trajectories if data.store == "memory" else together
+        asked = {
+            "data.trajectories": (state * held * (data.time / data.interval + 1), f"{held} trajectories of {data.time:g}"),
+            "data.validation": (
+                state * data.validation * (data.validation_time / data.interval + 1),
+                f"{data.validation} trajectories of {data.validation_time:g}",
+            ),
+            "data.shape": (
+                estimate_memory(shape, channels, data.precision, together),
+                f"{together} fine runs of {show_value(shape)} at once",
+            ),
+            "batch": (
+                state * train.batch * (max(train.unroll) + 1),
+                f"windows of {max(train.unroll)} frames, {train.batch} of them",
+            ),
+        }
+        for key, (needed, what) in asked.items():
+            if needed > memory:
+                raise ConfigError(
+                    f"train.{key}: {what} take about {needed / GIB:.3g} GiB, and there are {memory / GIB:.3g} GiB; choose less"
+                )
 
     def _check_memory(self, label: str, channels: int, stages: int = 4) -> None:
         """Refuse what this machine cannot hold, before anything is allocated."""
@@ -1098,6 +1131,10 @@ class Experiment:
     def _check_duration(self, initial: Any) -> None:
         """Refuse what would never end, as far as it can be known where the time step follows from the flow."""
         speed, warm_up = getattr(initial, "max_speed", None), getattr(initial, "warm_up", 0.0)
+        if isinstance(warm_up, float) and not warm_up < MOST_STEPS:
+            raise ConfigError(
+                f"initial.warm_up: {warm_up:g} makes a step or more per unit of time; at most {MOST_STEPS:.0e} are possible"
+            )
         if not isinstance(speed, float) or not isinstance(warm_up, float):
             return
         for label in ("reference", *self.labels):
@@ -1112,11 +1149,14 @@ class Experiment:
                     )
 
     def _check_objects(self) -> None:
-        """Build every object of every run; nothing is compiled."""
+        """Build every object of every run; nothing is compiled. Numbers that overflow on the way make no experiment."""
+        import numpy as np
+
         self._check_duration(self.initial())
         for label in ("reference", *self.labels):
             try:
-                self._check_run(label)
+                with np.errstate(over="raise", invalid="raise", divide="raise"):
+                    self._check_run(label)
             except ConfigError:
                 raise
             except Exception as error:
@@ -1138,6 +1178,7 @@ class Experiment:
     def _check_fine_runs(self) -> None:
         """The grids of warm-up and training data carry the physics, and the initial state is made for such a box."""
         import jax
+        import numpy as np
 
         initial, solver = self.initial(), self.reference_solver()
         shapes: dict[KeyPath, Any] = {("initial", "warm_up_shape"): getattr(initial, "warm_up_shape", None)}
@@ -1159,8 +1200,9 @@ class Experiment:
         from hybridsim.reference import initial_state
 
         try:
-            jax.eval_shape(lambda key: initial_state(initial, key, solver, "float32"), jax.eval_shape(jax.random.key, 0))
-        except ValueError as error:
+            with np.errstate(over="raise", invalid="raise", divide="raise"):
+                jax.eval_shape(lambda key: initial_state(initial, key, solver, "float32"), jax.eval_shape(jax.random.key, 0))
+        except (ValueError, ArithmeticError) as error:
             raise ConfigError(f"initial: {first_line(error)}") from error
 
     def _check_run(self, label: str) -> None:

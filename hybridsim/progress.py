@@ -1,5 +1,6 @@
 """What a long command says while it works: a bar on a terminal, plain lines elsewhere, and both in log.txt."""
 
+import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
@@ -83,9 +84,17 @@ class Reporter:
         self._task, self._what, self._last = None, "", -1.0
 
     def _write(self, text: str) -> None:
-        if self._file is not None:
+        """To the log; one that cannot be written ends no computation."""
+        if self._file is None:
+            return
+        try:
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._file.flush()
+        except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
+            self._print(f"{self.log}: cannot write ({error.strerror}); going on without a log")
 
 
 def _silent() -> "Console":

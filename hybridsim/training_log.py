@@ -1,5 +1,6 @@
 """Where the records of a training go: lines of JSON, or TensorBoard."""
 
+import contextlib
 import importlib
 import json
 import time
@@ -31,9 +32,14 @@ class JsonLines:
         if self._file is None:
             self._keep_before(record["update"])
             self._file = storage.open_log(self._path)
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        if "validation" in record:
-            self._file.flush()
+        try:
+            self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            if "validation" in record:
+                self._file.flush()
+        except OSError as error:
+            raise storage.StorageError(
+                f"{self._path}: cannot write ({error.strerror}): free some space and go on with --resume, or leave train.log out"
+            ) from error
 
     def _keep_before(self, update: int) -> None:
         kept = []
@@ -48,7 +54,8 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 

@@ -136,9 +136,12 @@ class VL2(_Explicit):
         half = _stage(solver.euler(z, t, 0.5 * dt, tendency, rough=True))
         return _stage(solver.euler(z, t + 0.5 * dt, dt, tendency, at=half))
 
-    def prepare(self, solver, dt, dtype) -> PyTree:
+    def check(self, solver, closures) -> None:
         if solver.linear() is not None:
             raise ValueError("stepper: vl2 is for solvers without a linear part; use etdrk4 or ssprk3")
+
+    def prepare(self, solver, dt, dtype) -> PyTree:
+        self.check(solver, ())
         return {}
 
 

@@ -45,12 +45,11 @@ def experiment_of(case: dict[str, Any], folder: Path) -> Any:
 
 def measure(name: str) -> tuple[float, float, int, float]:
     """(seconds of the loop, seconds of them that saving took, saves, largest save) of one case."""
-    import inspect
-
     import jax
     import numpy as np
 
     from hybridsim import experiment, storage
+    from hybridsim.journal import SAVE_EVERY
     from hybridsim.reference import initial_state
 
     spent: list[float] = []
@@ -77,14 +76,9 @@ def measure(name: str) -> tuple[float, float, int, float]:
         start = np.asarray(initial_state(made.initial(), jax.random.key(1), solver, np.dtype(np.float64)))[None]
         model = experiment.model_from(made, "one", start)
         nothing = lambda *_: None  # noqa: E731
-        arguments: list[Any] = [made, "one", model, start, folder, False, nothing, nothing]
-        parameters = inspect.signature(experiment._run_one).parameters
-        if "save_every" in parameters:
-            from hybridsim.journal import SAVE_EVERY
-
-            arguments.append(SAVE_EVERY)
+        arguments: list[Any] = [made, "one", model, start, folder, False, nothing, nothing, nothing]
         begin = time.perf_counter()
-        result = experiment._run_one(*arguments)
+        result = experiment._run_one(*arguments, SAVE_EVERY)
         whole = time.perf_counter() - begin - result.compile_seconds
         assert result.outcome == "finished", result.outcome
     return whole, sum(spent), len(spent), max(spent)
