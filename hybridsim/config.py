@@ -248,8 +248,11 @@ def _raised_at(error: BaseException) -> str:
     return f" ({Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno})" if last is not None else ""
 
 
-def blank(build: Callable[[], Any]) -> Any:
-    """What `build` makes, with zeros for its floating-point arrays: drawing random ones takes seconds to compile."""
+def blank(build: Callable[[], Any], where: Callable[[], str] = lambda: "corrections") -> Any:
+    """What `build` makes, with zeros for its floating-point arrays: drawing random ones takes seconds to compile.
+
+    What does not fit into this machine is refused by the key that `where` names.
+    """
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -266,7 +269,7 @@ def blank(build: Callable[[], Any]) -> Any:
     needed, memory = sum(float(math.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves), machine_memory()
     if needed > memory:
         raise ConfigError(
-            f"its numbers need about {needed / GIB:.3g} GiB, and this machine has {memory / GIB:.3g} GiB; choose a smaller one"
+            f"{where()} makes {needed / GIB:.3g} GiB of weights, and this machine has {memory / GIB:.3g} GiB; choose less"
         )
     if not all(jnp.issubdtype(leaf.dtype, np.inexact) for leaf in leaves):
         return build()
@@ -1075,6 +1078,11 @@ class Experiment:
                 made = self._parts[at].build(**given, free_weights=solver.free_weights())
                 return jax.tree.map(lambda a: a.astype(spec.precision) if eqx.is_inexact_array(a) else a, made)
 
+            def largest(at: KeyPath = at) -> str:
+                numbers = {k: v for k, v in self._parts[at].resolved.items() if type(v) is int}
+                key = max(numbers, key=lambda k: numbers[k], default=None)
+                return key_path(at) + ":" if key is None else f"{key_path((*at, key))}: {numbers[key]}"
+
             def within_structure(made: Any, at: KeyPath = at) -> Any:
                 return made if at not in self._structures else self._structured(made, at)
 
@@ -1083,13 +1091,15 @@ class Experiment:
                 header = self._header(correction, at)
                 trained = "structure" in header
                 try:
-                    like = with_constants(blank(build), spec.precision) if header.get("constants") else blank(build)
+                    like = (
+                        with_constants(blank(build, largest), spec.precision) if header.get("constants") else blank(build, largest)
+                    )
                     loaded = load_weights(self.weights_file(correction, at), within_structure(like) if trained else like)
                 except StorageError as error:
                     raise ConfigError(f"{key_path((*at, 'weights'))}: {first_line(error)}") from error
                 closures.append(loaded if trained else within_structure(loaded))
             else:
-                made = build() if random else blank(build)
+                made = build() if random else blank(build, largest)
                 closures.append(within_structure(with_constants(made, spec.precision) if constants else made))
         return tuple(closures)
 
@@ -1132,9 +1142,7 @@ class Experiment:
         """Refuse what would never end, as far as it can be known where the time step follows from the flow."""
         speed, warm_up = getattr(initial, "max_speed", None), getattr(initial, "warm_up", 0.0)
         if isinstance(warm_up, float) and not warm_up < MOST_STEPS:
-            raise ConfigError(
-                f"initial.warm_up: {warm_up:g} makes a step or more per unit of time; at most {MOST_STEPS:.0e} are possible"
-            )
+            raise ConfigError(f"initial.warm_up: {warm_up:g} makes as many steps or more; at most {MOST_STEPS:.0e} are possible")
         if not isinstance(speed, float) or not isinstance(warm_up, float):
             return
         for label in ("reference", *self.labels):
