@@ -234,8 +234,8 @@ def _run_one(
     resume: bool,
     progress: Callable[[int, int], None],
     write: Callable[[Result], Any],
-    tell: Callable[[str], None],
-    save_every: float,
+    tell: Callable[[str], None] = lambda _: None,
+    save_every: float = SAVE_EVERY,
 ) -> Result:
     """All frames of one run, from its last checkpoint if there is one; `write` puts what is finished into the run's file."""
     frames, every = experiment.spec.time.frames, experiment.steps_per_frame(label, model.dt).steps
@@ -296,13 +296,15 @@ def _run_one(
             state = gathered(new)
             journal.add({"u": u[:, span], "ledger": ledger[:, span]})
             result.done = first + per_chunk
-            asked, finished = STOP.wants_save, result.done == frames or len(gone) == samples
-            if finished or STOP.requested is not None or journal.due():
-                save()
-            if asked or STOP.requested is not None:
-                write(result)
             progress(result.done, frames)
-            STOP.check()
+            # asked once: a signal that comes later finds the state saved by the next chunk
+            asked, stopping = STOP.wants_save, STOP.requested is not None
+            if result.done == frames or len(gone) == samples or stopping or journal.due():
+                save()
+            if asked or stopping:
+                write(result)
+            if stopping:
+                STOP.check()
             if len(gone) == samples:
                 break
     result.steps_taken, result.smallest_dt = _steps_taken(model, state[1], frames * every)

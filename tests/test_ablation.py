@@ -251,7 +251,7 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
     assert "cases/flux/mine.safetensors" in storage.read_manifest("out/manifest.json")["files"]
     result = hybridsim("train", "case.yaml", "train.power=1.0", "--out", "out", "--resume")
     assert result.exit_code == 2
-    assert "holds the sweep of another configuration" in result.stderr
+    assert "holds another sweep: config.train.power was null, is 1.0" in result.stderr
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatc
     STOP.requested = None
     with pytest.raises(storage.StorageError, match=r"another configuration: samples\.seed was 7, is 8; resume with the same YAML"):
         run_experiment(experiment(tmp_path, samples={"count": 2, "seed": 8}), folder, True, console)
-    with pytest.raises(storage.StorageError, match=r"title was 'case', is 'Other'; it changes no state: --force goes on with it"):
+    with pytest.raises(storage.StorageError, match=r"title was 'small', is 'Other'; it changes no state: --force goes on with it"):
         run_experiment(experiment(tmp_path, title="Other"), folder, True, console)
     marker = folder / "state" / "begun.json"
     begun = storage.read_json(marker)
@@ -400,7 +400,7 @@ def test_training_writes_weights_that_the_run_takes(tmp_path, x64, console, monk
     with pytest.raises(storage.StorageError, match="hybridsim did not make this folder"):
         train_experiment(trained, folder, False, console)
     assert left.read_text() == "of another recipe"
-    storage.write_json(folder / "training/config_hash.json", "of another recipe")
+    storage.write_json(folder / "training/begun.json", "of another recipe")
     assert train_experiment(trained, folder, False, console) == 0
     assert left.read_text() != "of another recipe"
     card = storage.read_json(folder / "learned.json")

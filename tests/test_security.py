@@ -390,7 +390,7 @@ def test_no_label_leads_out_of_its_folder(tmp_path, name, x64):
         experiment_from({**CASE, "name": name}, tmp_path / "case.yaml")
 
 
-@pytest.mark.parametrize("name", ["manifest", "summary", "training", "reference", "all", "config_hash.json"])
+@pytest.mark.parametrize("name", ["manifest", "summary", "training", "reference", "all", "begun.json"])
 def test_no_label_takes_the_name_of_a_file_of_every_folder(tmp_path, name, x64):
     with pytest.raises(ConfigError, match="a meaning of its own"):
         experiment_from({**CASE, "runs": {name: CASE["runs"]["bare"]}}, tmp_path / "case.yaml")
@@ -476,10 +476,10 @@ def test_a_folder_of_somebody_else_is_not_removed(tmp_path):
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years")
     with pytest.raises(storage.StorageError, match="hybridsim did not make this folder"):
-        storage.remove_folder(theirs, theirs / "config_hash.json")
+        storage.remove_folder(theirs, theirs / "begun.json")
     assert (theirs / "thesis.tex").read_text() == "years"
-    (theirs / "config_hash.json").write_text("{}")
-    storage.remove_folder(theirs, theirs / "config_hash.json")
+    (theirs / "begun.json").write_text("{}")
+    storage.remove_folder(theirs, theirs / "begun.json")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -299,7 +299,7 @@ def unfinished(made, folder):
     for step in (2, 4):
         storage.Checkpoints(place).save(step, {"u": np.arange(9.0) * step})
         storage.save_tree(folder / f"state/bare/frames-{step - 2:06d}.safetensors", {"u": np.ones(3)})
-    storage.write_json(folder / "state/config_hash.json", "0" * 64)
+    storage.write_json(folder / "state/begun.json", "0" * 64)
     return folder, place / f"{4:012d}.safetensors"
 
 
