@@ -55,7 +55,7 @@ def shown_limit(found: Record | None) -> str:
         return "–"
     if found["measure"] == "t95":
         return f"{found['bound']} {100 * found['ratio']:.0f} %".strip() + f" of {found['limit']:.3g}"
-    return f"{found['ratio']:.2f} times {found['limit']:.3g}"
+    return f"{found['ratio']:.3g} × {found['limit']:.3g}"
 
 
 def outcome_of(sentence: str) -> str:
