@@ -271,6 +271,7 @@ def test_nothing_is_stepped_from_nan(kind):
     assert _taken(out) == 0
 
 
+@pytest.mark.reliability("R9")
 @pytest.mark.parametrize(("kind", "closure"), [(k, c) for k in BOTH for c in (Runaway(1.5), Breaking(0.5))])
 def test_a_blow_up_is_located(kind, closure):
     model = _model(kind, None, (closure,), dt=0.125)
@@ -405,6 +406,7 @@ class Runaway(Source):
 """
 
 
+@pytest.mark.reliability("R9")
 def test_an_adaptive_run_that_blows_up_says_when(tmp_path):
     (tmp_path / "runaway.py").write_text(RUNAWAY)
     wild = SMALL["runs"]["explicit"] | {"corrections": [{"use": "runaway.py:Runaway"}]}

@@ -117,6 +117,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.reliability("R5")
 @pytest.mark.usefixtures("x64")
 def test_a_fine_run_that_was_stopped_goes_on_bit_for_bit(monkeypatch, tmp_path):
     initial = RandomVelocity(2.0, 1.0, warm_up=2.0, warm_up_shape=(16, 16))

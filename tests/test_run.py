@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rich.console import Console
 from hybridsim import storage
 from hybridsim.config import experiment_from, load_experiment
 from hybridsim.experiment import _sentence, _statistics, _statistics_error, evaluate_checks, run_experiment
+from hybridsim.progress import Reporter
 from hybridsim.signals import STOP, Interrupted
 from hybridsim.training import train_experiment
 from hybridsim.yaml_reader import ConfigError
@@ -83,6 +86,7 @@ def test_a_run_leaves_what_it_promises(finished, tmp_path):
     assert again.resolved == yaml.safe_load((finished / "config.yaml").read_text())
 
 
+@pytest.mark.reliability("R5")
 def test_an_interrupted_run_resumes_bit_for_bit(finished, tmp_path, console, monkeypatch):
     folder = tmp_path / "stopped"
     real = storage.Checkpoints.save
@@ -107,6 +111,28 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, tmp_path, console, mon
         one, two = (storage.open_dataset(f / f"{label}.nc") for f in (finished, folder))
         for name in ("u", "v", "drift"):
             assert np.array_equal(one[name].values, two[name].values, equal_nan=True), (label, name)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is no such signal")
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, x64, console, monkeypatch):
+    folder, seen = tmp_path / "asked", []
+    real = Reporter.progress
+
+    def progress(self, what, fraction, note=""):
+        real(self, what, fraction, note)
+        if what == "bare":
+            kept = folder / "bare.nc"
+            seen.append(storage.open_dataset(kept).attrs["outcome"] if kept.exists() else None)
+            if len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Reporter, "progress", progress)
+    runs = {"bare": SMALL["runs"]["bare"]}
+    with STOP.listening():
+        assert run_experiment(experiment(tmp_path, runs=runs), folder, False, console) == 0
+    assert seen == [None, "interrupted after frame 6 of 12"]
+    assert not STOP.wants_save
+    assert storage.open_dataset(folder / "bare.nc").attrs["outcome"] == "finished"
 
 
 def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatch):
@@ -134,6 +160,7 @@ def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatc
     assert run_experiment(experiment(tmp_path, title="Other"), folder, True, console, force=True) == 0
 
 
+@pytest.mark.reliability("R9")
 def test_a_blow_up_is_an_outcome(tmp_path, x64, console):
     runs = {"wild": {"solver": "finite_volume", "shape": [16, 16], "dt": 0.4, "stepper": "forward_euler"}}
     initial = {"use": "random_velocity", "peak_wavenumber": 3.0, "max_speed": 8.0}

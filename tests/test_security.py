@@ -102,6 +102,7 @@ def _bad_call(call, name):
         yield f"import_module({named!r})"
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize("file", PACKAGE_FILES, ids=name_of)
 def test_nothing_runs_what_it_reads(file):
     assert list(dangers(tree_of(file))) == []
@@ -323,6 +324,7 @@ def refused(tmp_path_factory):
     return folder, measured(folder, files)
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_in_little_time_and_memory(refused, name):
     folder, found = refused
@@ -350,6 +352,7 @@ def test_verify_survives_a_file_that_ends_its_reader(tmp_path):
     assert finding.good is False
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize("codecs", [[{"name": "numcodecs.pickle"}], "bytes", [], None])
 def test_a_zarr_array_of_another_hand_is_refused(tmp_path, codecs):
     folder = tmp_path / "a.zarr"
@@ -382,6 +385,7 @@ CASE = {
 OUTSIDE = ("../out", "/out", "a/../../out", "..", ".", "a\0b", "a\nb", "bare\n", "-x", ".hidden", "a" * 300, "C:\\out", "ü/..")
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_no_label_leads_out_of_its_folder(tmp_path, name, x64):
     with pytest.raises(ConfigError):
@@ -396,6 +400,7 @@ def test_no_label_takes_the_name_of_a_file_of_every_folder(tmp_path, name, x64):
         experiment_from({**CASE, "runs": {name: CASE["runs"]["bare"]}}, tmp_path / "case.yaml")
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize(
     "name", ["../w.safetensors", "/w.safetensors", "a/../../w.safetensors", "a\0.safetensors", "..\\w.safetensors"]
 )
@@ -434,6 +439,7 @@ def test_new_closures_write_over_nothing(tmp_path):
     assert not outside.exists()
 
 
+@pytest.mark.reliability("R7")
 @pytest.mark.parametrize("name", ["figures", "figures/deep", "state"])
 def test_no_symbolic_link_leads_a_writer_out_of_its_folder(tmp_path, name):
     outside, folder = tmp_path / "outside", tmp_path / "folder"
@@ -503,6 +509,7 @@ def test_a_pipe_is_no_file(tmp_path):
 # --- weights that are no numbers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reliability("R9")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, x64):
     closure = {"use": "learned_flux", "network": {"use": "cnn", "width": 2, "depth": 1}}

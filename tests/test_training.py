@@ -298,6 +298,7 @@ def test_a_long_history_is_thinned_by_itself(monkeypatch):
     assert found == [(3, True), (5, False), (6, True)]
 
 
+@pytest.mark.reliability("R9")
 def test_a_poisoned_batch_is_skipped_and_too_many_lead_back():
     model, data = _problem()
     data[0] = np.nan  # windows of the first trajectory are unusable
@@ -319,6 +320,7 @@ def test_a_poisoned_batch_is_skipped_and_too_many_lead_back():
     np.testing.assert_allclose([records[i]["rate"] / impatient.rate for i in (2, 3, 6)], [1, 0.5, 0.25])
 
 
+@pytest.mark.reliability("R9")
 def test_going_back_restores_the_validated_weights():
     model, data = _problem()
     recipe = dataclasses.replace(TINY, updates=(9,), validate_every=2, patience=1, stop_after=0)

@@ -404,6 +404,7 @@ OUTPUTS = [
 ]
 
 
+@pytest.mark.reliability("R14")
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_every_output_says_what_made_it(made, name):
     found = origins_of(made / name)
@@ -420,6 +421,7 @@ def test_every_output_says_what_made_it(made, name):
         assert storage.config_digest(found["config"], storage.read_json(made / "summary.json")["inputs"]) == found["config_hash"]
 
 
+@pytest.mark.reliability("R14")
 def test_no_output_of_a_kind_is_forgotten(made):
     """Whatever else is there carries no numbers of its own, and stands in the manifest, which says all of this."""
     numbers = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.suffix in (".nc", ".safetensors")}
