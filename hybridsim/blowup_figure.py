@@ -1,6 +1,8 @@
 """A picture of what diverged: the field at fault in the last finite state of each such run, and what may help."""
 
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hybridsim.report import Folder, Run
-
 
 def _at_fault(data: "xr.Dataset") -> tuple[np.ndarray, list[str], list[np.ndarray], tuple[int, ...]]:
     """(values, axes, coordinates, cell) of the field at fault; of three dimensions the plane through the cell."""
@@ -25,22 +25,22 @@ def _at_fault(data: "xr.Dataset") -> tuple[np.ndarray, list[str], list[np.ndarra
     return np.asarray(field, np.float64), [str(d) for d in field.dims], [np.asarray(field[d]) for d in field.dims], cell
 
 
-def blowup_figure(folder: "Folder") -> "Figure | None":
-    """One row per run that diverged, or None where none did."""
+def blowup_figure(path: Path, runs: Sequence[tuple[str, str, str]]) -> "Figure | None":
+    """One row for each of the `runs`, as (label, colour, outcome), whose last finite state lies in the folder; None without."""
     from matplotlib.figure import Figure
 
-    files = [(run, folder.path / FOLDER / f"{run.label}.nc") for run in folder.runs]
+    files = [(run, path / FOLDER / f"{run[0]}.nc") for run in runs]
     rows = [(run, storage.open_dataset(file)) for run, file in files if file.exists()]
     if not rows:
         return None
     figure = Figure(figsize=(7.6, 2.7 * len(rows)), layout="constrained")
-    for i, (run, data) in enumerate(rows):
+    for i, ((label, colour, outcome), data) in enumerate(rows):
         axes = figure.add_subplot(len(rows), 2, 2 * i + 1)
         _draw(axes, data)
         words = figure.add_subplot(len(rows), 2, 2 * i + 2)
         words.axis("off")
-        words.text(0, 0.97, run.label, color=run.colour, weight="bold", fontsize=10, va="top", transform=words.transAxes)
-        words.text(0, 0.86, _words(run, data), fontsize=8.5, va="top", transform=words.transAxes, linespacing=1.35)
+        words.text(0, 0.97, label, color=colour, weight="bold", fontsize=10, va="top", transform=words.transAxes)
+        words.text(0, 0.86, _words(outcome, data), fontsize=8.5, va="top", transform=words.transAxes, linespacing=1.35)
     return figure
 
 
@@ -66,8 +66,8 @@ def _draw(axes: "Axes", data: "xr.Dataset") -> None:
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
 
 
-def _words(run: "Run", data: "xr.Dataset") -> str:
+def _words(outcome: str, data: "xr.Dataset") -> str:
     """What happened, and what may help, folded to the width of the panel."""
-    happened = str(run.numbers.get("outcome", data.attrs["outcome"])).replace("diverged", "Diverged", 1)
+    happened = outcome.replace("diverged", "Diverged", 1)
     said = [f"• {sentence}" for sentence in str(data.attrs["advice"]).split("; ")]
     return "\n".join(textwrap.fill(line, 52, subsequent_indent="  ") for line in [happened, "", "What may help:", *said])

@@ -22,6 +22,7 @@ import xarray as xr
 import yaml
 
 from hybridsim import diagnostics, gas, storage
+from hybridsim.blowup_figure import blowup_figure
 from hybridsim.contract import Variable
 from hybridsim.grid import Grid
 
@@ -1831,8 +1832,6 @@ def _normal(folder: Folder) -> str:
 
 def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
     """(name, title, caption, figure) of every figure that the folder has data for."""
-    from hybridsim.blowup_figure import blowup_figure
-
     words = _caption_words(folder)
     compared, window = words["compared"], words["window"]
     recipes = (
@@ -1948,7 +1947,7 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
             "blowups",
             "What diverged",
             "The field at fault in the last finite state, one step before it was lost. Circle: where it was largest.",
-            blowup_figure,
+            lambda f: blowup_figure(f.path, [(_plain(r.label), r.colour, str(r.numbers.get("outcome", ""))) for r in f.runs]),
         ),
         (
             "convergence",
