@@ -268,6 +268,11 @@ class AbstractSolver(eqx.Module):
     def restrict(self, u: Float[Array, "c *fine"], grid: Grid, variables: tuple[Variable, ...]) -> Float[Array, "c *grid"]:
         """A fine state given on `grid` at the places of `variables`, under this solver's own filter, on this solver's grid."""
 
+    @property
+    def filter_option(self) -> str:
+        """What decides `restrict` beside class and grid, in a word, or nothing. Runs that share all three share a reference."""
+        return ""
+
     @abc.abstractmethod
     def divergence(self, u: Float[Array, "c *grid"]) -> Float[Array, "*grid"] | None:
         """∇·u by the scheme's own operator, at the cell centres; None where it need not vanish."""

@@ -85,7 +85,8 @@ def group_name(experiment: "Experiment", label: str) -> str:
     spec = experiment.spec_of(label)
     plain = "".join(c if c.isalnum() else "_" for c in spec.solver.use)
     own = f"{label}_" if ":" in spec.solver.use else ""
-    return f"{own}{plain}_{'x'.join(map(str, spec.shape))}"
+    option = experiment.solver(label).filter_option
+    return f"{own}{plain}_{option}{'_' if option else ''}{'x'.join(map(str, spec.shape))}"
 
 
 def reference_recipe(experiment: "Experiment", targets: dict[str, AbstractSolver]) -> dict[str, Any]:

@@ -277,6 +277,10 @@ class SpectralKS(_Line):
         self._check_box(grid)
         return self.project(resample(u, self.grid.shape, variables[0].at, self.grid.centre))
 
+    @property
+    def filter_option(self) -> str:
+        return "two_thirds" if self.dealias == "two_thirds" else ""
+
     def flux_place(self, axis: int, channel: int) -> Place:
         return self.grid.centre
 

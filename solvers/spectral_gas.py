@@ -147,6 +147,10 @@ class CompressibleSpectral(AbstractSolver):
         cut = [resample(q, self.grid.shape, v.at, self.grid.centre) for q, v in zip(u, variables, strict=True)]
         return self.project(jnp.stack(cut))
 
+    @property
+    def filter_option(self) -> str:
+        return "" if self.dealias == "hou_li" else self.dealias
+
     # -- what closures see ------------------------------------------------------------------------------------------------------
 
     def flux_place(self, axis: int, channel: int):

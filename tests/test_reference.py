@@ -7,7 +7,15 @@ import pytest
 from flows import kolmogorov, solver_of, square
 
 from hybridsim import reference, storage
+from hybridsim.config import experiment_from
+from hybridsim.experiment import group_name
+from hybridsim.grid import Grid
+from hybridsim.solvers.compressible import CompressibleNavierStokes
+from hybridsim.solvers.incompressible import NavierStokes
 from hybridsim.solvers.initial import RandomVelocity
+from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, SpectralKS
+from hybridsim.solvers.spectral import Spectral2D
+from hybridsim.solvers.spectral_gas import CompressibleSpectral
 from hybridsim.solvers.steppers import ETDRK4
 
 # --- reference -------------------------------------------------------------------------------------------------------------------
@@ -111,6 +119,40 @@ def test_starts_are_kept_for_other_windows(monkeypatch):
     assert len(made) == 2
     np.testing.assert_array_equal(first.groups["fine_24x24"][:, 0], second.groups["fine_24x24"][:, 0])
     assert not np.array_equal(first.groups["fine_24x24"][:, 0], third.groups["fine_24x24"][:, 0])
+
+
+@pytest.mark.parametrize("kind", [SpectralKS, Spectral2D, CompressibleSpectral])
+def test_runs_share_a_reference_only_if_they_filter_alike(kind, x64, rng):
+    """An option that changes the filter is part of the name under which reference frames are kept."""
+    dims = 1 if kind is SpectralKS else 2
+    equation = {
+        SpectralKS: KuramotoSivashinsky(),
+        Spectral2D: NavierStokes(1e-3),
+        CompressibleSpectral: CompressibleNavierStokes(),
+    }[kind]
+    fine, coarse = (Grid((n,) * dims, (1.0,) * dims) for n in (48, 24))
+    solvers = [kind(coarse, equation, dealias=option) for option in ("hou_li", "two_thirds", "none")]
+    u = jnp.asarray(1 + 0.1 * rng.standard_normal((len(solvers[0].variables), *fine.shape)))
+    known: dict[str, np.ndarray] = {}
+    for solver in solvers:
+        found = np.asarray(solver.prepare(u.dtype).restrict(u, fine, solvers[0].variables))
+        np.testing.assert_array_equal(known.setdefault(solver.filter_option, found), found)
+    different = list(known.values())
+    assert all((a != b).any() for i, a in enumerate(different) for b in different[:i])
+
+
+def test_a_group_is_named_by_solver_option_and_grid(tmp_path):
+    run = {"solver": "spectral", "shape": [32], "dt": 0.1}
+    data = {
+        "equation": {"use": "kuramoto_sivashinsky"},
+        "domain": {"lengths": [22.0]},
+        "initial": {"use": "random_waves"},
+        "time": {"end": 1.0, "frames": 2},
+        "reference": {"solver": "spectral", "shape": [64]},
+        "runs": {"one": run, "cut": {**run, "solver": {"use": "spectral", "dealias": "two_thirds"}}},
+    }
+    made = experiment_from(data, tmp_path / "case.yaml")
+    assert [group_name(made, label) for label in ("one", "cut")] == ["spectral_32", "spectral_two_thirds_32"]
 
 
 class Killed(BaseException):
