@@ -267,7 +267,7 @@ LINES = ("-", "--", ":", "-.")
 
 
 def front_figure(found: Record, measure: str) -> Any:
-    """Accuracy over cost: the ladders as lines, the front of the classical runs thick, closures as filled marks."""
+    """Accuracy over cost: the ladders as lines, the front of the classical runs thick, closures as black marks."""
     from matplotlib.figure import Figure
 
     from hybridsim.report import PALETTE
@@ -284,15 +284,13 @@ def front_figure(found: Record, measure: str) -> Any:
     for i, method in enumerate(dict.fromkeys(r["method"] for r in classical)):
         mine = sorted((r for r in classical if r["method"] == method), key=lambda r: r["cost"])
         look: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "linestyle": LINES[i // len(PALETTE) % len(LINES)]}
-        ax.plot(
-            [1e3 * r["cost"] for r in mine],
-            [r[measure] for r in mine],
-            marker="o",
-            markersize=3.5,
-            linewidth=1,
-            label=method,
-            **look,
-        )
+        # the line is what a ladder offers; rungs that another one of it beats in both stand beside it, hollow
+        best = undominated([(worth(r[measure], scale), r["cost"]) for r in mine])
+        kept = [r for r in mine if (worth(r[measure], scale), r["cost"]) in best]
+        beaten = [r for r in mine if r not in kept]
+        dots = {"marker": "o", "markersize": 3.5, "color": look["color"]}
+        ax.plot([1e3 * r["cost"] for r in kept], [r[measure] for r in kept], linewidth=1, label=method, **{**dots, **look})
+        ax.plot([1e3 * r["cost"] for r in beaten], [r[measure] for r in beaten], linestyle="", markerfacecolor="white", **dots)
     for i, closure in enumerate(found["closures"]):
         mine = [r for r in rungs if r["closure"] == closure]
         look = {"color": "black", "markersize": 6.5, "markeredgecolor": "white", "linestyle": "none", "zorder": 5}
@@ -527,5 +525,5 @@ def front_caption(measure: str) -> str:
     direction = "Up and left is better" if SCALES[measure] == "growing" else "Up (smaller) and left is better"
     return (
         f"{direction}. Lines: ladders of classical runs, each rung with the largest time step that keeps its accuracy; "
-        "black: closures."
+        "hollow: rungs that another one of the same ladder beats in both; black: closures."
     )
