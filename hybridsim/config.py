@@ -1141,9 +1141,13 @@ class Experiment:
     def _check_duration(self, initial: Any) -> None:
         """Refuse what would never end, as far as it can be known where the time step follows from the flow."""
         speed, warm_up = getattr(initial, "max_speed", None), getattr(initial, "warm_up", 0.0)
-        if isinstance(warm_up, float) and not warm_up < MOST_STEPS:
-            raise ConfigError(f"initial.warm_up: {warm_up:g} makes as many steps or more; at most {MOST_STEPS:.0e} are possible")
-        if not isinstance(speed, float) or not isinstance(warm_up, float):
+        if not isinstance(warm_up, float):
+            return
+        if not isinstance(speed, float):
+            if not warm_up < MOST_STEPS:
+                raise ConfigError(
+                    f"initial.warm_up: {warm_up:g} makes as many steps or more; at most {MOST_STEPS:.0e} are possible"
+                )
             return
         for label in ("reference", *self.labels):
             spacing = min(x / n for x, n in zip(self.spec.domain.lengths, self.spec_of(label).shape, strict=True))

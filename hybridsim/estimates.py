@@ -128,7 +128,7 @@ def _size(n: float) -> str:
 def duration(seconds: float) -> str:
     """A time for a reader.
 
-    >>> duration(40), duration(400), duration(40000)
+    >>> duration(40.0), duration(400.0), duration(4e4)
     ('40 s', '6.7 min', '11 h')
     """
     if seconds < 120:

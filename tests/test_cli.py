@@ -214,12 +214,13 @@ def test_a_second_ctrl_c_does_not_wait():
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal")
 def test_a_closed_terminal_asks_for_a_stop_unless_it_is_to_be_ignored():
     stop, before = Stop(), signal.getsignal(signal.SIGHUP)
-    with stop.listening():
-        os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(Interrupted) as caught:
-            stop.check()
-    assert caught.value.exit_code == 129
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Interrupted) as caught:
+                stop.check()
+        assert caught.value.exit_code == 129
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with stop.listening():
             os.kill(os.getpid(), signal.SIGHUP)
