@@ -44,10 +44,12 @@ def failed(command, place, fault, call):
         # without a line of its log a command is as good
         wrong += [f"exit code 0 although {call['kind']} of {call['path']} failed: {found.err}"]
     wrong += command.unwhole(place)
-    wrong += [f"left: {name}" for name in leftovers(place)]
+    if call["kind"] != "remove":  # what cannot be removed stays, out of sight
+        wrong += [f"left: {name}" for name in leftovers(place)]
     done = command.resume(place)
     if done.code != 0:
         return f"does not resume: {done.code} {done.err} {wrong}"
+    wrong += [f"left after resuming: {name}" for name in leftovers(place)]
     return "; ".join([*wrong, *command.differences(place)])
 
 
