@@ -85,8 +85,12 @@ def _leave(action: Callable[[], int], saves: bool = False) -> NoReturn:
     from hybridsim.signals import STOP, Interrupted
     from hybridsim.yaml_reader import ConfigError
 
+    def tell(text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            typer.echo(f"hybridsim: {text}", err=True)
+
     def refuse(error: BaseException | str) -> int:
-        typer.echo(f"hybridsim: {_one_line(error)}", err=True)
+        tell(_one_line(error))
         return 2
 
     try:
@@ -95,7 +99,7 @@ def _leave(action: Callable[[], int], saves: bool = False) -> NoReturn:
     except ConfigError as error:
         code = refuse(error)
     except Interrupted as error:
-        typer.echo(f"hybridsim: stopped by {error}; what was finished is saved, go on with --resume", err=True)
+        tell(f"stopped by {error}; what was finished is saved, go on with --resume")
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130

@@ -1,20 +1,55 @@
 """What a long command says while it works: a bar on a terminal, plain lines elsewhere, and both in log.txt."""
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
+class _Patient:
+    """A stream whose reader may go away, as a closed terminal does: what is written from then on goes nowhere, and nothing ends."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # what the stream still holds has to go somewhere when the process ends
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Reporter:
-    """Lines and one progress bar. Progress costs nothing inside compiled code: it is told between chunks."""
+    """Lines and one progress bar. Progress costs nothing inside compiled code: it is told between chunks.
+
+    A terminal that is closed, or a pipe that nobody reads any more, ends no computation, and the log goes on.
+    """
 
     def __init__(self, console: "Console", log: Path | None = None):
         self.console = console
+        self._stream = _Patient(console.file)
         self.log = log
         self._bar: Any = None
         self._task: Any = None
@@ -27,6 +62,7 @@ class Reporter:
             from hybridsim.storage import open_log
 
             self._file = open_log(self.log)
+        self.console.file = cast(IO[str], self._stream)
         if self.console.is_terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -48,12 +84,14 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self.console.file = self._stream.stream
 
     def line(self, text: str) -> None:
         """One line that stays."""
         self._finish()
-        self._print(text)
+        self.console.print(text, markup=False)
         self._write(text)
 
     def progress(self, what: str, fraction: float, note: str = "") -> None:
@@ -62,7 +100,7 @@ class Reporter:
             text = f"{what}: {100 * fraction:.0f} %" + (f"  {note}" if note else "")
             self._write(text)
             if self._bar is None:
-                self._print(text)
+                self.console.print(text, markup=False)
             self._last = fraction
         if self._bar is not None:
             if what != self._what or self._task is None:
@@ -70,13 +108,6 @@ class Reporter:
                 self._task = self._bar.add_task(what, total=1.0, note=note)
             self._bar.update(self._task, completed=fraction, note=note)
         self._what = what
-
-    def _print(self, text: str) -> None:
-        """To the console, for as long as someone is there: a closed terminal ends no computation, and the log goes on."""
-        try:
-            self.console.print(text, markup=False)
-        except OSError:
-            self.console = _silent()
 
     def _finish(self) -> None:
         if self._bar is not None and self._task is not None:
@@ -94,13 +125,4 @@ class Reporter:
             file, self._file = self._file, None
             with contextlib.suppress(OSError):
                 file.close()
-            self._print(f"{self.log}: cannot write ({error.strerror}); going on without a log")
-
-
-def _silent() -> "Console":
-    """A console that nobody reads."""
-    import io
-
-    from rich.console import Console
-
-    return Console(file=io.StringIO())
+            self.console.print(f"{self.log}: cannot write ({error.strerror}); going on without a log", markup=False)

@@ -35,6 +35,11 @@ class Stop:
         if self.requested is not None:
             raise Interrupted(self.requested)
 
+    def asked_to_save(self) -> bool:
+        """Whether a save was asked for since the last answer; one that is asked for from now on waits for the next."""
+        asked, self.wants_save = self.wants_save, False
+        return asked
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -211,6 +211,26 @@ def test_a_second_ctrl_c_does_not_wait():
     assert caught.value.exit_code == 143
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+def test_a_terminal_that_is_gone_stops_no_report(tmp_path: Path):
+    import pty
+
+    from rich.console import Console
+
+    from hybridsim.progress import Reporter
+
+    mine, theirs = pty.openpty()
+    sink = open(theirs, "w")  # noqa: PTH123, SIM115
+    with Reporter(Console(file=sink, force_terminal=True), tmp_path / "log.txt") as say:
+        say.progress("working", 0.1)
+        os.close(mine)
+        say.progress("working", 0.6)
+        say.progress("other work", 0.1)
+        say.line("done")
+    sink.close()
+    assert "done" in (tmp_path / "log.txt").read_text()
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal")
 def test_a_closed_terminal_asks_for_a_stop_unless_it_is_to_be_ignored():
     stop, before = Stop(), signal.getsignal(signal.SIGHUP)
