@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
 from hybridsim.sections import Correction, Flag, Number, Reference, Run, Spec, Structure, Sweep, Train, Use, argument_names, explain
-from hybridsim.storage import config_digest
+from hybridsim.storage import GIB, config_digest
 from hybridsim.yaml_reader import (
     MOST_BYTES,
     ConfigError,
@@ -484,7 +484,6 @@ def shipped_weights() -> dict[str, Path]:
 
 # --- memory ----------------------------------------------------------------------------------------------------------------------
 
-GIB = 2**30
 WORK_ARRAYS = 8
 """Arrays of the size of one channel that a step keeps beside its stages, roughly."""
 
@@ -1167,7 +1166,7 @@ class Experiment:
         self._check_duration(self.initial())
         for label in ("reference", *self.labels):
             try:
-                with np.errstate(over="raise", invalid="raise", divide="raise"):
+                with np.errstate(over="raise"):
                     self._check_run(label)
             except ConfigError:
                 raise
@@ -1212,7 +1211,7 @@ class Experiment:
         from hybridsim.reference import initial_state
 
         try:
-            with np.errstate(over="raise", invalid="raise", divide="raise"):
+            with np.errstate(over="raise"):
                 jax.eval_shape(lambda key: initial_state(initial, key, solver, "float32"), jax.eval_shape(jax.random.key, 0))
         except (ValueError, ArithmeticError) as error:
             raise ConfigError(f"initial: {first_line(error)}") from error

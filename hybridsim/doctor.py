@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hybridsim import storage
+from hybridsim.storage import GIB
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-GIB = 2**30
 LARGE_CACHE = 50 * GIB
 LITTLE_DISK, NO_DISK = 5 * GIB, 0.5 * GIB
 LITTLE_MEMORY = 2 * GIB
@@ -353,8 +353,7 @@ def writing(folder: Path) -> Finding:
 
 def disk(folder: Path, free: float | None = None) -> Finding:
     """Space where a folder is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = storage.existing_parent(folder)
     free = float(shutil.disk_usage(folder).free) if free is None else free
     sentence = f"{free / GIB:.1f} GiB are free at {folder}"
     if free < NO_DISK:

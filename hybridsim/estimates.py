@@ -1,19 +1,19 @@
 """What a run will need, before anything is allocated: memory, disk, and, once its first chunk is done, time.
 
 The numbers are counted from shapes: frames that are kept, states that are stepped, files that are written. They are rough, and on
-the safe side; what this machine does not have is refused with both numbers.
+the safe side; memory or disk that this machine does not have is refused with both numbers. A cache that has too little room is only
+spoken of: what does not fit there is made anew next time.
 """
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hybridsim.config import GIB, estimate_memory, machine_memory
-from hybridsim.storage import StorageError, cache_folder
+from hybridsim.config import estimate_memory, machine_memory
+from hybridsim.storage import GIB, StorageError, cache_folder, existing_parent
 
 if TYPE_CHECKING:
     from hybridsim.config import Experiment
@@ -41,12 +41,12 @@ def need_of(experiment: "Experiment") -> Need:
     for label in experiment.labels:
         solver, precision = experiment.solver(label), spec.runs[label].precision
         shape, channels = solver.grid.shape, len(solver.variables)
-        groups[type(solver).__name__, shape] = _frames_bytes(samples, frames, channels, shape, fine.precision)
+        groups[type(solver).__name__, solver.filter_option, shape] = _frames_bytes(samples, frames, channels, shape, fine.precision)
         run = _frames_bytes(samples, frames, channels, shape, precision)
         # a run's frames, a copy in double precision while they are judged, and what stepping takes
         kept.append(3 * run + experiment.memory(label))
         written += 2 * run  # its file, and its frames until the end
-    cached = sum(groups.values())
+    cached = sum(groups.values()) + max(groups.values(), default=0.0)  # and the run at half the resolution, under one filter
     memory = max(experiment.memory("reference") + 2 * cached, cached + max(kept, default=0.0))
     return Need(memory, written + cached, 2 * cached + _starts_bytes(experiment))
 
@@ -76,44 +76,31 @@ def need_of_training(experiment: "Experiment") -> Need:
 
 def free_disk(folder: Path) -> float:
     """Bytes that this process may still write where `folder` is or will be."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return float(shutil.disk_usage(place).free)
+    return float(shutil.disk_usage(existing_parent(folder)).free)
 
 
-def check_need(need: Need, folder: Path) -> str:
-    """One line with what is needed and what there is; raises `StorageError` where it does not fit."""
+def check_need(need: Need, folder: Path, state: Path | None = None) -> str:
+    """One line with what is needed and what there is; raises `StorageError` where memory or the results' disk do not suffice.
+
+    `state`: the folder with what an interrupted computation has written already.
+    """
     memory, free, cache = machine_memory(), free_disk(folder), free_disk(cache_folder())
     if need.memory > memory:
         raise StorageError(
             f"{folder.name}: this needs about {need.memory / GIB:.3g} GiB of memory, and the machine has {memory / GIB:.3g} GiB; "
             "choose fewer frames, samples or grids, or smaller ones"
         )
-    same = _same_disk(folder, cache_folder())
-    for what, place, asked, there in (
-        ("", folder, need.disk + (need.cache if same else 0.0), free),
-        ("the cache of ", cache_folder(), need.cache, cache),
-    ):
-        if asked > there:
-            raise StorageError(
-                f"{place}: {what}this run needs about {asked / GIB:.3g} GiB of disk, and {there / GIB:.3g} GiB are free; free some "
-                f"space, choose another {'folder with HYBRIDSIM_CACHE' if what else '--out'}, or choose fewer frames or samples"
-            )
+    written = sum(path.stat().st_size for path in state.rglob("*") if path.is_file()) if state is not None else 0.0
+    if need.disk - written > free:
+        raise StorageError(
+            f"{folder}: this run needs about {need.disk / GIB:.3g} GiB of disk, and {free / GIB:.3g} GiB are free; free some "
+            "space, choose another --out, or choose fewer frames or samples"
+        )
+    short = f"; the cache may want {_size(need.cache)} and has {_size(cache)}" if need.cache > cache else ""
     return (
-        f"needs about {_size(need.memory)} of memory ({_size(memory)} there) and {_size(need.disk + need.cache)} of disk "
-        f"({_size(free)} free)"
+        f"needs about {_size(need.memory)} of memory ({_size(memory)} there) and {_size(need.disk)} of disk ({_size(free)} free)"
+        + short
     )
-
-
-def _same_disk(one: Path, other: Path) -> bool:
-    def device(path: Path) -> int:
-        place = path.absolute()
-        while not place.exists():
-            place = place.parent
-        return os.stat(place).st_dev  # noqa: PTH116
-
-    return device(one) == device(other)
 
 
 def _size(n: float) -> str:

@@ -6,8 +6,8 @@ clock: every few seconds, and never for more than a small share of the time. The
 """
 
 import shutil
-import string
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ SHARE = 0.02
 class Cadence:
     """Says when the next state is due: `every` seconds after the last one, and so rarely that saving takes `SHARE` of the time.
 
-    A SIGUSR1 makes it due at once. With `every=0` every state is due.
+    With `every=0` every state is due; a SIGUSR1 makes the next one due.
     """
 
     def __init__(self, every: float = SAVE_EVERY):
@@ -38,14 +38,13 @@ class Cadence:
         self._cost = 0.0
 
     def due(self) -> bool:
-        """Whether to save now."""
+        """Whether to save now; a request by signal is answered by that."""
         wait = max(self.every, self._cost / SHARE) if self.every else 0.0
-        return STOP.wants_save or time.monotonic() - self._last >= wait
+        return STOP.asked_to_save() or time.monotonic() - self._last >= wait
 
     def saved(self, seconds: float) -> None:
         """Notes that a state was saved just now, and what that took."""
         self._last, self._cost = time.monotonic(), seconds
-        STOP.wants_save = False
 
 
 class Journal:
@@ -56,12 +55,15 @@ class Journal:
     - `folder`: where they live; None keeps the pieces in memory only, and nothing is ever due. One writer at a time.
     - `every`: seconds between two saves (see `Cadence`).
     - `about`: what made it, for the manifests of the checkpoints.
+    - `forgiving`: what cannot be read is made anew and what cannot be written costs a warning: right for a cache.
 
     `pieces` are all that were added or read, in order: names and arrays, as the caller chose them.
     """
 
-    def __init__(self, folder: Path | None, every: float = SAVE_EVERY, about: Mapping[str, Any] | None = None):
-        self.folder = folder
+    def __init__(
+        self, folder: Path | None, every: float = SAVE_EVERY, about: Mapping[str, Any] | None = None, *, forgiving: bool = False
+    ):
+        self.folder, self.forgiving = folder, forgiving
         self.pieces: list[dict[str, np.ndarray]] = []
         self._cadence = Cadence(every)
         self._checkpoints = None if folder is None else storage.Checkpoints(folder / "checkpoints", about=about)
@@ -74,14 +76,21 @@ class Journal:
         """
         if self._checkpoints is None:
             return None
-        found = self._checkpoints.latest(like, also=self._read_pieces)
+        try:
+            found = self._checkpoints.latest(like, also=self.read_pieces)
+        except storage.StorageError as error:
+            if not self.forgiving:
+                raise
+            warnings.warn(f"{error}; making it anew", storage.StorageWarning, stacklevel=2)
+            self.clear()
+            return None
         if found is None:
             return None
         step, state, meta, pieces = found
         self.pieces, self._written, self._step = pieces, len(pieces), step
         return step, state, meta
 
-    def _read_pieces(self, step: int) -> list[dict[str, np.ndarray]]:
+    def read_pieces(self, step: int) -> list[dict[str, np.ndarray]]:
         """All pieces up to a step, verified: each file says from where to where it goes, and the next begins there."""
         found: list[dict[str, np.ndarray]] = []
         at = 0
@@ -114,6 +123,16 @@ class Journal:
         """Writes the pieces since the last save, then the state to which they lead; without a folder does nothing."""
         if self._checkpoints is None or step == self._step:
             return
+        try:
+            self._save(step, state, meta)
+        except storage.StorageError as error:
+            if not self.forgiving:
+                raise
+            warnings.warn(f"{error}; going on without saving", storage.StorageWarning, stacklevel=2)
+            self._checkpoints = None
+
+    def _save(self, step: int, state: Any, meta: Mapping[str, Any] | None) -> None:
+        assert self._checkpoints is not None
         begin = time.monotonic()
         new = self.pieces[self._written :]
         arrays = {f"{i}/{name}": array for i, piece in enumerate(new) for name, array in piece.items()}
@@ -127,8 +146,3 @@ class Journal:
         self.pieces, self._written, self._step = [], 0, 0
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def pieces_on_disk(folder: Path) -> list[Path]:
-    """The files of frames in a journal's folder, in order."""
-    return sorted(p for p in folder.glob("frames-*.safetensors") if set(p.stem.removeprefix("frames-")) <= set(string.digits))

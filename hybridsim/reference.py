@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from hybridsim.samples import gathered, over_samples
 
 COURANT = 0.5
 """Courant number of every fine run; halving it changes the default reference by less than its resolution does."""
+
+MONTH = 30 * 86400.0
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction done); may raise to stop."""
@@ -225,8 +228,6 @@ def make_frames(
     - `pictures`: how many fine states of sample 0 are kept. `store_as`: dtype of the kept frames (default: that of the run).
     - `keep`: whether the cache is asked and keeps what is made.
     """
-    import time
-
     key = storage.recipe_hash(dict(recipe), dtype)
     found = storage.load_cached(key) if keep else None
     times = interval * np.arange(frames + 1)
@@ -291,6 +292,7 @@ class Unfinished:
             try:
                 lock.__enter__()
                 self._lock = lock
+                self._forget_old()
             except storage.StorageError:
                 self.folder = None
         return self
@@ -302,9 +304,18 @@ class Unfinished:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # if nothing is in it
 
+    def _forget_old(self) -> None:
+        """Removes what nobody has asked for in a month: its sources or versions are gone."""
+        assert self.folder is not None
+        with contextlib.suppress(OSError):
+            for other in self.folder.parent.iterdir():
+                newest = max((path.stat().st_mtime for path in other.rglob("*") if path.is_file()), default=other.stat().st_mtime)
+                if other != self.folder and time.time() - newest > MONTH:
+                    shutil.rmtree(other, ignore_errors=True)
+
     def journal(self, name: str) -> Journal:
         """The journal of one of the runs; in memory only where there is no folder."""
-        return Journal(None if self.folder is None else self.folder / name)
+        return Journal(None if self.folder is None else self.folder / name, forgiving=True)
 
     def clear(self) -> None:
         """Removes everything: the data are made."""

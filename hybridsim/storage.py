@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FORMAT = "hybridsim tensors 1"
+GIB = 2**30
 LONGEST_HEADER = 16 * 2**20
 """A safetensors header names arrays; no honest one of ours comes near 16 MiB."""
 LONGEST_JSON = 32 * 2**20
@@ -183,7 +184,7 @@ def open_log(path: str | os.PathLike) -> IO[str]:
     return open(handle, "a", encoding="utf-8")  # noqa: PTH123
 
 
-_LEFTOVER = re.compile(r"\..+\.[0-9]+-[0-9a-f]+\.part")
+_LEFTOVER = re.compile(r"\..+\.([0-9]+)-[0-9a-f]+\.part")
 
 
 def is_leftover(name: str) -> bool:
@@ -191,12 +192,27 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
+def _is_at_work(name: str) -> bool:
+    """Whether the process that a temporary name carries is another one that lives on this machine."""
+    found = _LEFTOVER.fullmatch(name)
+    if found is None or int(found[1]) == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def remove_leftovers(folder: str | os.PathLike, older_than: float = 0.0) -> None:
     """Remove temporary files that a killed writer left below `folder`, if they are `older_than` seconds old.
 
-    Only the owner of the folder (see `FolderLock`) may call this with `older_than=0`.
+    Only the owner of the folder (see `FolderLock`) may call this with `older_than=0`; a folder below may have an owner of its own,
+    so what a living process is writing stays.
     """
-    for path in [path for path in Path(folder).rglob(".*.part") if is_leftover(path.name)]:
+    for path in [path for path in Path(folder).rglob(".*.part") if is_leftover(path.name) and not _is_at_work(path.name)]:
         with contextlib.suppress(OSError):
             found = path.lstat()
             if time.time() - found.st_mtime >= older_than:
@@ -222,6 +238,14 @@ def remove_folder(folder: str | os.PathLike, marker: str | os.PathLike) -> None:
             shutil.rmtree(aside)
     except OSError as error:
         raise _refusal(folder, "remove", error) from error
+
+
+def existing_parent(path: str | os.PathLike) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -718,7 +742,8 @@ class Checkpoints:
         """The steps that have a manifest, in order; none of them is verified yet."""
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if set(path.stem) <= set(string.digits) and path.stem)
 
-    def _paths(self, step: int) -> tuple[Path, Path]:
+    def paths(self, step: int) -> tuple[Path, Path]:
+        """The arrays of a step, and its manifest."""
         return self.folder / f"{step:012d}.safetensors", self.folder / f"{step:012d}.json"
 
     def save(self, step: int, tree: Any, meta: Mapping[str, Any] | None = None) -> None:
@@ -726,7 +751,7 @@ class Checkpoints:
         step = int(step)
         if step < 0:
             raise ValueError(f"step: {step} is negative")
-        arrays, manifest = self._paths(step)
+        arrays, manifest = self.paths(step)
         save_tree(arrays, tree, {"step": step, "meta": dict(meta or {}), "about": self.about})
         write_json(manifest, {"step": step, "bytes": arrays.stat().st_size, "sha256": sha256(arrays)})
         kept = [other for other in self.steps() if other <= step][-self.keep :]
@@ -761,7 +786,7 @@ class Checkpoints:
 
     def _promised(self, step: int) -> str:
         """The SHA-256 of a checkpoint as its manifest has it; its size is checked here."""
-        arrays, manifest = self._paths(step)
+        arrays, manifest = self.paths(step)
         note = read_json(manifest)
         if not isinstance(note, dict) or note.keys() != {"step", "bytes", "sha256"} or note["step"] != step:
             raise CorruptError(f"{manifest}: damaged")
@@ -775,7 +800,7 @@ class Checkpoints:
 
     def verify(self, step: int) -> dict[str, Any]:
         """What made the checkpoint of a step, once every bit of it is as its manifest says; `StorageError` where not."""
-        arrays, _ = self._paths(step)
+        arrays, _ = self.paths(step)
         if sha256(arrays) != self._promised(step):
             raise CorruptError(f"{arrays}: the file is not the one that was written (its SHA-256 differs)")
         meta = verify_tensors(arrays)
@@ -784,14 +809,14 @@ class Checkpoints:
         return meta.get("about", {})
 
     def _load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        arrays, _ = self._paths(step)
+        arrays, _ = self.paths(step)
         tree, meta = _load_tree(arrays, like, self._promised(step))
         if meta.get("step") != step:
             raise CorruptError(f"{arrays}: holds step {meta.get('step')} under the name of step {step}")
         return tree, meta["meta"]
 
     def _remove(self, step: int) -> None:
-        arrays, manifest = self._paths(step)
+        arrays, manifest = self.paths(step)
         try:
             manifest.unlink(missing_ok=True)
             arrays.unlink(missing_ok=True)

@@ -120,6 +120,28 @@ def test_a_signal_makes_a_save_due():
     assert not cadence.due()
     STOP.wants_save = True
     assert cadence.due()
-    cadence.saved(0.0)
     assert not STOP.wants_save
+    STOP.wants_save = True  # while that one is saved: the next is due, too
+    cadence.saved(0.0)
+    assert cadence.due()
     assert not cadence.due()
+
+
+def test_a_journal_of_a_cache_forgives(tmp_path, monkeypatch):
+    filled(tmp_path)
+    flip(tmp_path / "frames-000000000000.safetensors")
+    journal = Journal(tmp_path, every=0.0, forgiving=True)
+    with pytest.warns(storage.StorageWarning, match="making it anew"):
+        assert journal.latest(LIKE) is None
+    assert not tmp_path.exists()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    journal.add({"u": np.zeros(2)})
+    assert journal.due()
+    with pytest.warns(storage.StorageWarning, match="the disk is full.*; going on without saving"):
+        journal.save(1, LIKE)
+    assert not journal.due()
+    assert len(journal.pieces) == 1

@@ -1,5 +1,8 @@
 """Fine runs and their filters, from the cache and anew."""
 
+import os
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +20,7 @@ from hybridsim.solvers.kuramoto_sivashinsky import KuramotoSivashinsky, Spectral
 from hybridsim.solvers.spectral import Spectral2D
 from hybridsim.solvers.spectral_gas import CompressibleSpectral
 from hybridsim.solvers.steppers import ETDRK4
+from hybridsim.training import _recipe_of_data
 
 # --- reference -------------------------------------------------------------------------------------------------------------------
 
@@ -155,6 +159,24 @@ def test_a_group_is_named_by_solver_option_and_grid(tmp_path):
     assert [group_name(made, label) for label in ("one", "cut")] == ["spectral_32", "spectral_two_thirds_32"]
 
 
+def test_training_data_are_kept_apart_too(tmp_path):
+    keys = []
+    for option in ("hou_li", "two_thirds", "hou_li"):
+        closure = {"use": "learned_flux", "width": 4}
+        run = {"solver": {"use": "spectral", "dealias": option}, "shape": [32], "dt": 0.1, "corrections": [closure]}
+        data = {
+            "equation": {"use": "kuramoto_sivashinsky"},
+            "domain": {"lengths": [22.0]},
+            "initial": {"use": "random_waves"},
+            "time": {"end": 1.0, "frames": 2},
+            "reference": {"solver": "spectral", "shape": [64]},
+            "runs": {"one": run},
+            "train": {"run": "one", "data": {"interval": 0.1}, "unroll": [1], "updates": [1]},
+        }
+        keys.append(_recipe_of_data(experiment_from(data, tmp_path / "case.yaml"), "training"))
+    assert keys[0] == keys[2] != keys[1]
+
+
 class Killed(BaseException):
     pass
 
@@ -193,6 +215,40 @@ def test_a_fine_run_that_was_stopped_goes_on_bit_for_bit(monkeypatch, tmp_path):
     np.testing.assert_array_equal(resumed.pictures, whole.pictures)
     assert resumed.dt == whole.dt
     assert not list((tmp_path / "another" / "unfinished").iterdir())
+
+
+@pytest.mark.usefixtures("x64")
+def test_damage_and_a_full_disk_cost_a_fine_run_time_only(monkeypatch):
+    whole = _frames(half=None)
+    for path in storage.cache_folder().rglob("*.safetensors"):
+        path.unlink()
+
+    def stop(what, fraction):
+        if what == "reference" and fraction > 0.3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        _frames(half=None, progress=stop)
+    (frames,) = (storage.cache_folder() / "unfinished").rglob("frames-*.safetensors")
+    frames.write_bytes(frames.read_bytes()[:-1])
+    with pytest.warns(storage.StorageWarning, match="making it anew"):
+        again = _frames(half=None)
+    np.testing.assert_array_equal(again.groups["fine_24x24"], whole.groups["fine_24x24"])
+    monkeypatch.setattr(storage.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.warns(storage.StorageWarning, match="going on without saving"), pytest.raises(Killed):
+        _frames(half=None, seed=5, progress=stop)
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_nobody_has_asked_for_in_a_month_is_forgotten():
+    place = storage.cache_folder() / "unfinished"
+    for name, age in (("b", 31), ("c", 1)):
+        file = place / (64 * name) / "fine" / "frames"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"")
+        os.utime(file, (time.time() - 86400 * age,) * 2)
+    with reference.Unfinished(64 * "a"):
+        assert sorted(path.name[0] for path in place.iterdir()) == ["a", "c"]
 
 
 @pytest.mark.usefixtures("x64")

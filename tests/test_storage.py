@@ -713,6 +713,20 @@ def test_a_full_cache_does_not_stop_a_run(monkeypatch):
 # --- one owner per folder
 
 
+def test_what_a_living_process_writes_below_stays(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        theirs = tmp_path / "below" / f".a.json.{other.pid}-0a0b.part"
+        theirs.parent.mkdir()
+        theirs.write_bytes(b"half")
+        with storage.FolderLock(tmp_path):
+            assert theirs.exists()
+    finally:
+        other.communicate(b"\n")
+    with storage.FolderLock(tmp_path):
+        assert not theirs.exists()
+
+
 @pytest.mark.reliability("R11")
 def test_a_second_owner_is_refused(tmp_path):
     folder = tmp_path / "run"
@@ -739,7 +753,7 @@ def test_the_lock_of_a_killed_owner_is_free(tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
-    (tmp_path / ".u.nc.1-0.part").write_bytes(b"half")
+    (tmp_path / ".u.nc.99999999-0.part").write_bytes(b"half")
     with storage.FolderLock(tmp_path):
         assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == [".lock"]
 
