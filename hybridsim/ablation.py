@@ -259,10 +259,10 @@ def _sweep_locked(
                 f"{folder}: holds another sweep: {key_path(path)} was {show_value(before)}, is {show_value(now)}; resume with the "
                 "same YAML, or choose another --out"
             )
-    else:
+    earlier = storage.forget_manifest(folder)
+    if not (resume and marker.exists()):
         for old in (cases, folder / "others"):
             storage.remove_folder(old, marker)
-    earlier = storage.forget_manifest(folder)
     storage.write_json(marker, begun)
     storage.atomic_write(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     count = len(experiment.cases)
@@ -313,7 +313,8 @@ def _baselines(
         return {}
     place = folder / "others"
     summary = place / "summary.json"
-    if not (summary.exists() and storage.read_json(summary)["config_hash"] == others.config_hash):
+    whole = summary.exists() and not (place / "state" / resuming.BEGUN).exists()
+    if not (whole and storage.read_json(summary)["config_hash"] == others.config_hash):
         place.mkdir(parents=True, exist_ok=True)
         say.line(f"the other runs: {', '.join(others.labels)}")
         run_locked(others, place, resume, say, **options)

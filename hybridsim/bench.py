@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridsim import storage
+from hybridsim import resuming, storage
 from hybridsim.bench_page import write_results
 from hybridsim.claims import SCALES, Record, accuracy_of, analyse, card_of, closure_of, method_of
 from hybridsim.compilation import setting
@@ -503,7 +503,8 @@ def run_family(plan: FamilyPlan, folder: Path, rounds: int, resume: bool, say: R
     plan.add_titles()
     experiment = plan.experiment()
     done = folder / "summary.json"
-    if not (resume and done.exists() and storage.read_json(done)["config_hash"] == experiment.config_hash):
+    whole = resume and done.exists() and not (folder / "state" / resuming.BEGUN).exists()
+    if not (whole and storage.read_json(done)["config_hash"] == experiment.config_hash):
         done.unlink(missing_ok=True)
         run_locked(experiment, folder, resume and (folder / "state").exists(), say, timed=False)
     summary = storage.read_json(done)

@@ -147,6 +147,14 @@ def kept(folder: Path) -> Found | None:
     return Found(Blowup.from_json(meta["blowup"]), arrays["u"], meta["time"])
 
 
+def clear(results: Path) -> None:
+    """Removes the last finite states that an earlier run left beside its results."""
+    place = results / FOLDER
+    if place.is_dir() and not place.is_symlink():
+        for file in place.glob("*.nc"):
+            file.unlink()
+
+
 def advice(model: Model, found: Found, start: Float[np.ndarray, "c *grid"]) -> list[str]:
     """What may help, from what is known of the last finite state and of the start; the likeliest first."""
     said = []

@@ -283,24 +283,26 @@ def _run_one(
             span = slice(first + 1, first + 1 + per_chunk)
             good = np.isfinite(chunk).reshape(samples, per_chunk, -1).all(axis=2)
             good = np.logical_and.accumulate(good, axis=1)
+            lost = [
+                blowups.locate(model, state, i, per_chunk, every) for i in range(samples) if i not in gone and not good[i].all()
+            ]
+            if lost:
+                blowups.keep(work, min(lost, key=lambda found: found.blowup.t))
+                result.blowups += [found.blowup for found in lost]
             for sample in range(samples):
                 if sample in gone:
                     continue
-                if not good[sample].all():
-                    gone.add(sample)
-                    found = blowups.locate(model, state, sample, per_chunk, every)
-                    blowups.keep(work, found)
-                    result.blowups.append(found.blowup)
                 u[sample, span][good[sample]] = chunk[sample][good[sample]]
                 total = np.asarray(high[sample], np.float64) + np.asarray(low[sample], np.float64)
                 ledger[sample, span] = np.where(np.isfinite(total), total, 0.0)
             state = gathered(new)
             journal.add({"u": u[:, span], "ledger": ledger[:, span]})
             result.done = first + per_chunk
+            gone |= {found.blowup.sample for found in lost}
             progress(result.done, frames)
             # asked once: a signal that comes later finds the state saved by the next chunk
-            asked, stopping = STOP.wants_save, STOP.requested is not None
-            if result.done == frames or len(gone) == samples or stopping or journal.due():
+            asked, stopping = STOP.asked_to_save(), STOP.requested is not None
+            if result.done == frames or len(gone) == samples or stopping or asked or journal.due():
                 save()
             if asked or stopping:
                 write(result)
@@ -911,12 +913,12 @@ def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool, force:
     import yaml
 
     state = folder / "state"
-    if not (resume and (state / resuming.BEGUN).exists()):
+    going_on = resuming.may_go_on(state, experiment, "run", resume, force)
+    earlier = resuming.forget_manifest(folder, state)
+    if not going_on:
         storage.remove_folder(state, state / resuming.BEGUN)
-        storage.remove_folder(folder / blowups.FOLDER, folder / "config.yaml")
-    earlier = storage.forget_manifest(folder)
-    state.mkdir(exist_ok=True)
-    resuming.begin(state, experiment, "run", resume, force)
+        blowups.clear(folder)
+    resuming.begin(state, experiment, earlier)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
     return earlier
@@ -952,7 +954,7 @@ def run_locked(
     """`run_experiment` in a folder whose lock is held; without costs where they are measured otherwise."""
     import datetime
 
-    needed = check_need(need_of(experiment), folder)
+    needed = check_need(need_of(experiment), folder, folder / "state" if resume else None)
     earlier = _prepare_folder(experiment, folder, resume, force)
     environment = storage.environment()
     say.line(f"{experiment.title} ({experiment.name}), {len(experiment.labels)} runs → {folder}")

@@ -6,6 +6,7 @@ computed it. Another value of something that decides numbers is refused; what do
 last bit.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
 }
 """Keys that decide no number of the state; `*` stands for any one name."""
 
-BITS = ("hybridsim", "jax", "jaxlib", "device", "backend", "devices", "threads")
+BITS = ("hybridsim", "sources", "jax", "jaxlib", "device", "backend", "devices", "threads")
 """Entries of the environment on which the last bits depend."""
 
 
@@ -50,20 +51,36 @@ def is_harmless(path: tuple[str, ...], what: str) -> bool:
     return any(len(path) >= len(p) and all(a in ("*", b) for a, b in zip(p, path, strict=False)) for p in patterns)
 
 
-def begin(folder: Path, experiment: "Experiment", what: Literal["run", "training"], resume: bool, force: bool = False) -> bool:
-    """Says in `folder` to what its state belongs; whether there is a state to go on from.
+def may_go_on(folder: Path, experiment: "Experiment", what: Literal["run", "training"], resume: bool, force: bool = False) -> bool:
+    """Whether there is a state in `folder` to go on from; changes nothing.
 
-    Raises `StorageError` where `resume` asks to go on with what belongs to another computation. Without `resume` the caller has
-    emptied the folder.
+    Raises `StorageError` where `resume` asks to go on with what belongs to another computation.
     """
     marker = folder / BEGUN
-    found = resume and marker.exists()
-    environment = storage.environment()
-    if found:
-        check_same(folder, storage.read_json(marker), experiment, environment, what, force)
+    if not (resume and marker.exists()):
+        return False
+    check_same(folder, storage.read_json(marker), experiment, _environment(), what, force)
+    return True
+
+
+def forget_manifest(results: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Removes the manifest of `results`; what it named, or what the computation that was interrupted in `folder` found named."""
+    kept: Any = None
+    with contextlib.suppress(storage.StorageError):
+        kept = storage.read_json(folder / BEGUN)
+    kept = kept.get("earlier") if isinstance(kept, dict) else None
+    return {**(kept if isinstance(kept, dict) else {}), **storage.forget_manifest(results)}
+
+
+def begin(folder: Path, experiment: "Experiment", earlier: Mapping[str, Any]) -> None:
+    """Says in `folder` to what its state belongs, and which files of the results stood before (see `forget_manifest`)."""
+    folder.mkdir(exist_ok=True)
     belongs = {"config_hash": experiment.config_hash, "config": experiment.resolved, "files": experiment.files}
-    storage.write_json(marker, {**belongs, "environment": environment})
-    return found
+    storage.write_json(folder / BEGUN, {**belongs, "environment": _environment(), "earlier": earlier})
+
+
+def _environment() -> dict[str, Any]:
+    return {**storage.environment(), "sources": storage.source_digest()}
 
 
 def check_same(
@@ -92,6 +109,8 @@ def check_same(
     for name in BITS:
         before, now = old["environment"].get(name), environment.get(name)
         if before != now and not force:
+            if name == "sources":
+                before, now = str(before)[:12], str(now)[:12]
             raise storage.StorageError(
                 f"{folder}: was computed with {name} {before}, here it is {now}, so the last bits may differ; --force goes on"
             )

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-MOST_RECORDS = 40_000
+MOST_WRITTEN = 40_000
 """`training.json` holds so many records in full; of longer histories it holds what the card does, and the logs hold all."""
 
 
@@ -112,10 +112,13 @@ def _starts(experiment: "Experiment", kind: Literal["training", "validation"]) -
 def _recipe_of_data(experiment: "Experiment", kind: Literal["training", "validation"]) -> dict[str, Any]:
     """What decides the trajectories."""
     assert experiment.spec.train is not None
-    data, target = experiment.spec.train.data, experiment.solver(experiment.spec.train.run)
+    data, label = experiment.spec.train.data, experiment.spec.train.run
+    target, chosen = experiment.solver(label), experiment.resolved["runs"][label]["solver"]
     return {
         "starts": _starts(experiment, kind),
-        "target": [type(target).__name__, list(target.grid.shape)],
+        "target": [type(target).__name__, list(target.grid.shape), target.filter_option],
+        # a solver from outside the tables may filter by any of its arguments
+        "foreign": chosen if ":" in chosen["use"] else None,
         "data": [kind, _window(experiment, kind)[2], data.interval, data.precision],
         "courant": COURANT,
     }
@@ -272,12 +275,12 @@ def train_locked(
     label = spec.run
     work = folder / "training"
     needed = check_need(need_of_training(experiment), folder)
-    if not (resume and (work / resuming.BEGUN).exists()):
+    resume = resuming.may_go_on(work, experiment, "training", resume, force)
+    earlier = resuming.forget_manifest(folder, work)
+    if not resume:
         # What another recipe left must never be taken for the training of this one.
         storage.remove_folder(work, work / resuming.BEGUN)
-    earlier = storage.forget_manifest(folder)
-    work.mkdir(exist_ok=True)
-    resume = resuming.begin(work, experiment, "training", resume, force)
+    resuming.begin(work, experiment, earlier)
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
     environment = storage.environment()
@@ -363,7 +366,7 @@ def train_locked(
                 log.close()
         outcomes[seed] = outcome
         histories[f"seed {seed}"] = outcome.history
-        kept = histories if sum(map(len, histories.values())) <= MOST_RECORDS else {k: _thin(h) for k, h in histories.items()}
+        kept = histories if sum(map(len, histories.values())) <= MOST_WRITTEN else {k: _thin(h) for k, h in histories.items()}
         storage.write_json(folder / "training.json", kept)
         summary = _seed_summary(outcome)
         _save_closures(experiment, outcome.model, folder, f"{label}-seed{seed}", {"training": {"seed": seed, **summary}})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridsim import storage
+from hybridsim.journal import Journal
 from hybridsim.yaml_reader import ConfigError, parse_yaml
 
 if TYPE_CHECKING:
@@ -202,14 +203,20 @@ class _Fields:
         process.stdin.write(json.dumps(str(path)) + "\n")
         process.stdin.flush()
         limit = SECONDS + path.stat().st_size / 10e6
-        late = threading.Timer(limit, process.kill)
+        too_late = threading.Event()
+
+        def end() -> None:
+            too_late.set()
+            process.kill()
+
+        late = threading.Timer(limit, end)
         late.start()
         answer = process.stdout.readline()
         late.cancel()
         if not answer:
             number = process.wait()
             self.close()
-            how = f"did not end in {limit:.0f} s" if late.finished.is_set() and number == -9 else f"ended the reader ({number})"
+            how = f"did not end in {limit:.0f} s" if too_late.is_set() else f"ended the reader ({number})"
             raise storage.CorruptError(f"{path.name}: reading it {how}")
         good, sentence = json.loads(answer)
         if not good:
@@ -304,12 +311,16 @@ class _Folder:
     def checkpoints(self, folder: Path) -> None:
         """Every checkpoint of a folder against its own manifest."""
         checkpoints = storage.Checkpoints(folder)
+        # a run's state is worth what the frames before it are
+        journal = Journal(folder.parent) if any(folder.parent.glob("frames-*.safetensors")) else None
         whole: list[int] = []
         for step in checkpoints.steps():
-            arrays, manifest = checkpoints._paths(step)
+            arrays, manifest = checkpoints.paths(step)
 
             def check(step: int = step) -> str:
                 checkpoints.verify(step)
+                if journal is not None:
+                    journal.read_pieces(step)
                 return f"checkpoint of step {step}, whole"
 
             finding = _guarded(self.name(arrays), check)

@@ -1,5 +1,6 @@
 """`run` and `train` as a user meets them: files, exit codes, a blow-up, an interruption that resumes bit for bit."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import xarray as xr
 import yaml
 from rich.console import Console
 
-from hybridsim import storage
+from hybridsim import blowups, storage
 from hybridsim.config import experiment_from, load_experiment
 from hybridsim.experiment import _sentence, _statistics, _statistics_error, evaluate_checks, run_experiment
 from hybridsim.progress import Reporter
@@ -193,6 +194,56 @@ def test_a_blow_up_is_an_outcome(tmp_path, x64, console):
     runs["wild"]["may_diverge"] = True
     allowed = experiment(tmp_path, runs=runs, **rest)
     assert run_experiment(allowed, tmp_path / "allowed", False, console) == 0
+
+
+def test_the_earliest_blow_up_is_the_one_that_is_kept(tmp_path, x64, console, monkeypatch):
+    """Two samples are lost in one chunk: outcome, last finite state and picture are of the same one."""
+    real = blowups.locate
+
+    def later(model, state, sample, frames, every):
+        found = real(model, state, sample, frames, every)
+        return found._replace(blowup=dataclasses.replace(found.blowup, t=found.blowup.t + 1.0)) if sample == 0 else found
+
+    monkeypatch.setattr(blowups, "locate", later)
+    runs = {"wild": {"solver": "finite_volume", "shape": [16, 16], "dt": 0.4, "stepper": "forward_euler", "may_diverge": True}}
+    initial = {"use": "random_velocity", "peak_wavenumber": 3.0, "max_speed": 8.0}
+    window = {"end": 8.0, "frames": 20, "statistics_from": 4.0}
+    equation = {"use": "navier_stokes", "viscosity": 5e-2}
+    wild = experiment(tmp_path, runs=runs, initial=initial, checks={}, time=window, equation=equation)
+    assert run_experiment(wild, tmp_path / "wild", False, console) == 0
+    outcome = storage.read_json(tmp_path / "wild/summary.json")["runs"]["wild"]["outcome"]
+    kept = storage.open_dataset(tmp_path / "wild/blowups/wild.nc")
+    assert "sample 1" in outcome
+    assert kept.attrs["sample"] == 1
+    assert outcome.startswith(kept.attrs["outcome"])
+
+
+def test_a_refused_resume_changes_nothing_and_a_killed_run_keeps_what_stood_before(tmp_path, x64, console, monkeypatch):
+    runs = {"bare": SMALL["runs"]["bare"]}
+    made, folder = experiment(tmp_path, runs=runs), tmp_path / "here"
+    about = {"config_hash": "1" * 64}
+    storage.write_json(folder / "learned.json", {"of": "a training"})
+    storage.write_manifest(folder, ["learned.json"], about)
+    real = storage.Checkpoints.save
+
+    def save_and_stop(self, step, tree, meta=None):
+        real(self, step, tree, meta)
+        STOP.requested = 2
+
+    monkeypatch.setattr(storage.Checkpoints, "save", save_and_stop)
+    with pytest.raises(Interrupted):
+        run_experiment(made, folder, False, console, save_every=0.0)
+    STOP.requested = None
+    monkeypatch.setattr(storage.Checkpoints, "save", real)
+    storage.write_manifest(folder, ["learned.json"], about)
+    with pytest.raises(storage.StorageError, match="another configuration"):
+        run_experiment(experiment(tmp_path, runs=runs, samples={"count": 2, "seed": 8}), folder, True, console)
+    assert (folder / "manifest.json").exists()
+    (folder / "manifest.json").unlink()
+    assert run_experiment(made, folder, True, console) == 0
+    named = storage.read_manifest(folder / "manifest.json")["files"]
+    assert named["learned.json"]["config_hash"] == "1" * 64
+    assert {"bare.nc", "summary.json", "report.html"} <= set(named)
 
 
 def test_a_failed_check_is_exit_code_1(tmp_path, x64, console):

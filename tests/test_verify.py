@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from hybridsim import storage, verify
 from hybridsim.cli import app
+from hybridsim.journal import Journal
 from hybridsim.yaml_reader import ConfigError
 
 CASE = {
@@ -296,9 +297,10 @@ def unfinished(made, folder):
     folder.mkdir()
     shutil.copy(made / "config.yaml", folder)
     place = folder / "state/bare/checkpoints"
+    journal = Journal(folder / "state/bare", every=0.0)
     for step in (2, 4):
-        storage.Checkpoints(place).save(step, {"u": np.arange(9.0) * step})
-        storage.save_tree(folder / f"state/bare/frames-{step - 2:06d}.safetensors", {"u": np.ones(3)})
+        journal.add({"u": np.ones(3)})
+        journal.save(step, {"u": np.arange(9.0) * step})
     storage.write_json(folder / "state/begun.json", "0" * 64)
     return folder, place / f"{4:012d}.safetensors"
 
@@ -309,8 +311,17 @@ def test_an_unfinished_run_is_not_damaged(made, tmp_path):
     assert code == 0
     assert found[0] == "! .: unfinished: go on with --resume"
     assert "✓ state/bare/checkpoints/000000000004.safetensors: checkpoint of step 4, whole" in found
-    assert any(line.startswith("✓ state/bare/frames-000002.safetensors") for line in found)
+    assert any(line.startswith("✓ state/bare/frames-000000000002.safetensors") for line in found)
     flip(newest, 200)
+    code, found = lines(folder)
+    assert code == 1
+    assert any(line.startswith("✗ state/bare/checkpoints/000000000004.safetensors") for line in found)
+    assert "! state/bare/checkpoints: --resume goes on from the checkpoint of step 2" in found
+
+
+def test_frames_that_are_damaged_take_their_checkpoint_with_them(made, tmp_path):
+    folder, _ = unfinished(made, tmp_path / "killed")
+    flip(folder / "state/bare/frames-000000000002.safetensors", 200)
     code, found = lines(folder)
     assert code == 1
     assert any(line.startswith("✗ state/bare/checkpoints/000000000004.safetensors") for line in found)
