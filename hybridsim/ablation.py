@@ -254,16 +254,19 @@ def _sweep_locked(
     given = storage.to_plain({**(experiment.plain or {}), "name": experiment.name})
     begun = {"command": "train" if training else "run", "config": given, "files": experiment.files}
     if resume and marker.exists():
-        for path, before, now in resuming.differences(storage.read_json(marker), begun):
+        old = storage.read_json(marker)
+        if not isinstance(old, dict):
+            raise storage.CorruptError(f"{marker}: damaged; start again without --resume")
+        for path, before, now in resuming.differences({key: old.get(key) for key in begun}, begun):
             raise storage.StorageError(
                 f"{folder}: holds another sweep: {key_path(path)} was {show_value(before)}, is {show_value(now)}; resume with the "
                 "same YAML, or choose another --out"
             )
-    earlier = storage.forget_manifest(folder)
+    earlier = resuming.forget_manifest(folder, marker)
     if not (resume and marker.exists()):
         for old in (cases, folder / "others"):
             storage.remove_folder(old, marker)
-    storage.write_json(marker, begun)
+    storage.write_json(marker, {**begun, "earlier": earlier})
     storage.atomic_write(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     count = len(experiment.cases)
     say.line(f"sweep of {experiment.name}: {count} cases → {folder}")
@@ -295,6 +298,7 @@ def _sweep_locked(
     assert sweep is not None
     for line in _lines(records if sweep.order == "file" else ranked(records, rank), rank, sweep.order == "rank"):
         say.line(line)
+    storage.write_json(marker, begun)
     names = ["config.yaml", "sweep_begun.json", "sweep.json", "sweep.md", "figures/sweep.png", "cases", "others"]
     about = {"command": "sweep", "measured_by": begun["command"], **provenance(experiment)}
     storage.write_manifest(folder, names, about, earlier)

@@ -49,6 +49,8 @@ from hybridsim.yaml_reader import ConfigError, parse_yaml, suggestion
 if TYPE_CHECKING:
     from rich.console import Console
 
+BEGUN = "bench_begun.json"
+"""Stands in the folder of a benchmark until its manifest does."""
 BATCH_ROUNDS = 5
 """How often all starts at once are timed; that takes as many times as long as one start."""
 
@@ -548,7 +550,8 @@ def bench_command(
     before = None if against is None else read_results(against)
     folder = Path("runs") / (f"bench_{stem}_quick" if quick else f"bench_{stem}") if out is None else out
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
-        earlier = storage.forget_manifest(folder)
+        earlier = resuming.forget_manifest(folder, folder / BEGUN)
+        storage.write_json(folder / BEGUN, {"config": bench.model_dump(mode="json"), "earlier": earlier})
         results: dict[str, Record] = {}
         begin = time.perf_counter()
         for family, plan in plans.items():
@@ -568,6 +571,7 @@ def bench_command(
             page = write_results(folder, bench, results, quick, before, about)
         names = ["bench.json", "bench.md", "bench.nc", "bench.html", "figures/*.png", *results]
         storage.write_manifest(folder, names, {"command": "bench", **about}, earlier)
+        (folder / BEGUN).unlink()
         say.line(f"{len(results)} {'family' if len(results) == 1 else 'families'} in {time.perf_counter() - begin:.0f} s: {page}")
     return 0
 

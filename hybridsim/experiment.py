@@ -914,7 +914,7 @@ def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool, force:
 
     state = folder / "state"
     going_on = resuming.may_go_on(state, experiment, "run", resume, force)
-    earlier = resuming.forget_manifest(folder, state)
+    earlier = resuming.forget_manifest(folder, state / resuming.BEGUN)
     if not going_on:
         storage.remove_folder(state, state / resuming.BEGUN)
         blowups.clear(folder)

@@ -63,11 +63,14 @@ def may_go_on(folder: Path, experiment: "Experiment", what: Literal["run", "trai
     return True
 
 
-def forget_manifest(results: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Removes the manifest of `results`; what it named, or what the computation that was interrupted in `folder` found named."""
+def forget_manifest(results: Path, marker: Path) -> dict[str, dict[str, Any]]:
+    """Removes the manifest of `results`; what it named, or what the computation that was interrupted there found named.
+
+    `marker`: the file in which a computation says that it has begun; it keeps there, as `earlier`, what is returned here.
+    """
     kept: Any = None
     with contextlib.suppress(storage.StorageError):
-        kept = storage.read_json(folder / BEGUN)
+        kept = storage.read_json(marker)
     kept = kept.get("earlier") if isinstance(kept, dict) else None
     return {**(kept if isinstance(kept, dict) else {}), **storage.forget_manifest(results)}
 

@@ -276,7 +276,7 @@ def train_locked(
     work = folder / "training"
     needed = check_need(need_of_training(experiment), folder)
     resume = resuming.may_go_on(work, experiment, "training", resume, force)
-    earlier = resuming.forget_manifest(folder, work)
+    earlier = resuming.forget_manifest(folder, work / resuming.BEGUN)
     if not resume:
         # What another recipe left must never be taken for the training of this one.
         storage.remove_folder(work, work / resuming.BEGUN)

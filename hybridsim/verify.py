@@ -40,7 +40,11 @@ MEMORY = 2**30
 """Bytes that reading one NetCDF file may take; it is read chunk by chunk."""
 
 _MARKS = {True: "✓", False: "✗", None: "!"}
-_OURS = (storage.MANIFEST, "summary.json", "sweep.json", "bench.json", "state/begun.json", "training/begun.json")
+_OURS = (
+    storage.MANIFEST,
+    *("summary.json", "sweep.json", "bench.json"),
+    *("state/begun.json", "training/begun.json", "sweep_begun.json", "bench_begun.json"),
+)
 """Files by one of which a folder is known as hybridsim's."""
 
 
@@ -416,7 +420,7 @@ def _owner(lock: Path) -> str:
 
 def _without_manifest(folder: Path) -> Finding:
     state, training = folder / "state" / "begun.json", folder / "training" / "begun.json"
-    if state.is_file():
+    if state.is_file() or (folder / "bench_begun.json").is_file():
         return Finding(".", None, "unfinished: go on with --resume")
     if training.is_file() or (folder / "sweep_begun.json").is_file():
         return Finding(".", None, "unfinished: go on with --resume (or finished by a version that wrote no manifests)")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 ROWS = {
-    "R1": "kill -9 of run and train, half while a checkpoint is written; then --resume: bitwise",
+    "R1": "kill -9 of run, train, sweeps and bench, half while a checkpoint is written; then --resume: bitwise",
     "R2": "ENOSPC, EIO, EACCES, short write, failing fsync or rename, a full disk: one line, the last checkpoint whole",
-    "R3": "SIGTERM and SIGINT: saved within one chunk, exit 143 or 130, resume bitwise",
+    "R3": "SIGTERM and SIGINT: saved within one chunk, exit 143 or 130; Ctrl-C twice; resume bitwise",
     "R4": "oversized grids, step counts, samples and frames: refused before allocation, with the estimate",
     "R5": "resume exactness: solver × stepper × dtype, closures, adaptive dt, RNG, optimiser, data order",
     "R6": "damaged, swapped, older or foreign checkpoints, frames and weights: detected, falls back",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -98,6 +99,24 @@ def test_every_claim_has_its_numbers(finished):
         assert rung["compile_seconds"] > 0
         assert len(rung["seconds_by_round"]) == 3
         assert rung["cost"] == pytest.approx(sorted(rung["seconds_by_round"])[1])
+
+
+def test_an_interrupted_benchmark_is_unfinished_and_forgets_nothing_that_stood_there(finished, tmp_path, monkeypatch):
+    file, out = finished
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    before = storage.read_manifest(folder / storage.MANIFEST)["files"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hybridsim.bench.run_family", interrupted)
+    for _ in range(2):
+        assert bench(file, "--out", folder, "--resume").exit_code == 130
+        earlier = storage.read_json(folder / "bench_begun.json")["earlier"]
+        assert {name: entry["sha256"] for name, entry in earlier.items()} == {n: e["sha256"] for n, e in before.items()}
+        assert not (folder / storage.MANIFEST).exists()
+        assert verify_folder(folder)[0].sentence.startswith("unfinished")
 
 
 def test_every_file_is_named_and_says_what_made_it(finished):

@@ -32,7 +32,8 @@ class Shim:
     """Counts the calls of the writer, and does at one of them what a request says.
 
     `fault`: `do` is kill, signal, error or short; `at` the number of the call (from 1); `when` before, half or after (kill,
-    signal); `errno`, and `on`, how many calls from there fail (0: all); `slow`, seconds that every call takes longer.
+    signal); `times`, how often the signal comes, a moment apart; `errno`, and `on`, how many calls from there fail (0: all);
+    `slow`, seconds that every call takes longer.
     """
 
     def __init__(self, fault: dict[str, Any], notes: int):
@@ -45,7 +46,9 @@ class Shim:
     def _die(self) -> None:
         number = self.fault.get("signal", signal.SIGKILL)
         self.note(what="signal", signal=int(number))
-        os.kill(os.getpid(), number)
+        for _ in range(self.fault.get("times", 1)):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # the handler runs
 
     def call(self, kind: str, path: Any, real: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
         """One call of the writer; `half` does it in part."""
@@ -249,6 +252,8 @@ def serve() -> None:
     import netCDF4
     import xarray  # noqa: F401
 
+    import hybridsim.ablation
+    import hybridsim.bench
     import hybridsim.experiment
     import hybridsim.report
     import hybridsim.training

@@ -1,4 +1,4 @@
-"""R1 and R3: killed or asked to stop at any instant, a run and a training resume to the same bits."""
+"""R1 and R3: killed or asked to stop at any instant, runs, trainings, sweeps and benchmarks resume to the same bits."""
 
 import signal
 import zlib
@@ -73,6 +73,7 @@ def campaign(command, tmp_path, seed, count, one, row, reliability):
         pytest.param("train", 2, marks=pytest.mark.slow),
         pytest.param("run", 130, marks=pytest.mark.slow),
         pytest.param("train", 70, marks=pytest.mark.slow),
+        *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("runs", "trainings", "bench")),
     ],
 )
 def test_kill_9_and_resume(command, tmp_path, name, count, reliability, how_many):
@@ -117,11 +118,37 @@ def stopped(command, place, rng, number):
         ("run", 1),
         pytest.param("run", 34, marks=pytest.mark.slow),
         pytest.param("train", 16, marks=pytest.mark.slow),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("runs", "trainings", "bench")),
     ],
 )
 def test_stopped_and_resumed(command, tmp_path, name, count, reliability, how_many):
     count = how_many(count) if count > 10 else count
     campaign(command(name), tmp_path, 1000 + count, count, stopped, "R3", reliability)
+
+
+def hurried(command, place, rng, number):
+    """One case: Ctrl-C, and again at once, so that no chunk is waited for; None if it ended before."""
+    command.prepare(place)
+    fault, _ = draw(command.warm, rng, 3 * (number % 2))
+    found = command.start(place, fault={"do": "signal", "signal": int(signal.SIGINT), "times": 2, **fault})
+    if found.code == 0:
+        return None
+    wrong = [] if found.code == 130 else [f"exit code {found.code}"]
+    if "Traceback" in found.err:
+        wrong += [f"says {found.err!r}"]
+    wrong += command.unwhole(place)
+    done = command.resume(place)
+    if done.code != 0:
+        return f"does not resume: {done.code} {done.err} {wrong}"
+    wrong += command.differences(place) + [f"left: {name}" for name in leftovers(place / "out")]
+    return "; ".join(wrong)
+
+
+@pytest.mark.reliability("R3")
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("run", 16), ("train", 8), ("runs", 4), ("bench", 4)])
+def test_a_second_ctrl_c_does_not_wait_and_loses_nothing_saved(command, tmp_path, name, count, reliability, how_many):
+    campaign(command(name), tmp_path, 2000 + count, min(count, how_many(count)), hurried, "R3", reliability)
 
 
 @pytest.mark.reliability("R1")
