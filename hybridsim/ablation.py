@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from hybridsim import resuming, storage
+from hybridsim.drawing import PALETTE, STYLE, png
 from hybridsim.journal import SAVE_EVERY
 from hybridsim.progress import Reporter
 from hybridsim.reference import FineRunError, initial_state
@@ -410,7 +411,6 @@ def write_results(
     import matplotlib
 
     from hybridsim.experiment import provenance
-    from hybridsim.report import STYLE, png
 
     assert experiment.spec.sweep is not None
     placed, title, count = experiment.spec.sweep.order == "rank", experiment.title, len(experiment.cases)
@@ -453,8 +453,6 @@ def _draw(ax: Any, y: float, r: Record, colour: str, marker: str, spans: list) -
 def _figure(title: str, order: Sequence[Record], rank: str, training: bool, others: Mapping[str, Record], run: str) -> "Figure":
     """One row per case: seeds as small dots, means with their intervals, runs beside it below; bare and other runs as lines."""
     from matplotlib.figure import Figure
-
-    from hybridsim.report import PALETTE
 
     axes, labels = list(order[0]["values"]), list(next((r["beside"] for r in order if "beside" in r), {}))
     kinds = list(dict.fromkeys(r["values"][axes[0]] for r in order))

@@ -11,6 +11,7 @@ import numpy as np
 
 from hybridsim import storage
 from hybridsim.claims import NAMES, SCALES, Record, worth_of
+from hybridsim.drawing import LIMIT, PALETTE, REFERENCE_COLOUR, STYLE, png
 from hybridsim.fronts import undominated, worth
 from hybridsim.sections import Bench
 
@@ -270,8 +271,6 @@ def front_figure(found: Record, measure: str) -> Any:
     """Accuracy over cost: the ladders as lines, the front of the classical runs thick, closures as black marks."""
     from matplotlib.figure import Figure
 
-    from hybridsim.report import PALETTE
-
     figure = Figure(figsize=(8.2, 4.6), layout="constrained")
     ax = figure.subplots()
     rungs = [r for r in found["rungs"] if r[measure] is not None and "accuracy" in r["rules"]]
@@ -312,8 +311,6 @@ def front_figure(found: Record, measure: str) -> Any:
 def series_figure(found: Record, series: "xr.Dataset") -> Any:
     """How long runs stay with the truth: closures, their own solver alone, the fine run at half its resolution, and the limit."""
     from matplotlib.figure import Figure
-
-    from hybridsim.report import LIMIT, PALETTE, REFERENCE_COLOUR
 
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     ax = figure.subplots()
@@ -455,8 +452,6 @@ def write_results(
     """All files about the families that are finished; the path of the page. `origins` is what `storage.provenance` says."""
     import jinja2
     import matplotlib
-
-    from hybridsim.report import STYLE, png
 
     versions, date = origins["versions"], origins["date"]
     about = {"title": bench.title, "quick": quick, **origins}

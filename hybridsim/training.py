@@ -404,7 +404,7 @@ def train_locked(
     }
     _save_closures(experiment, outcomes[best].model, folder, label, {"training": {"seed": best, **_seed_summary(outcomes[best])}})
     storage.write_json(folder / f"{label}.json", card)
-    from hybridsim.report import training_figure
+    from hybridsim.figures import training_figure
 
     (folder / "figures").mkdir(exist_ok=True)
     training_figure(histories["seed " + str(best)], folder / "figures" / "training.png")

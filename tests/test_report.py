@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 import yaml
 
-from hybridsim import diagnostics, gas, report, storage
+from hybridsim import diagnostics, drawing, figures, gas, report, results, storage, words
 from hybridsim.contract import Variable
 from hybridsim.experiment import _pdf
 from hybridsim.grid import Grid
@@ -290,12 +290,12 @@ def assert_words_stay_apart(found):
     """No text on a figure leaves the paper or lies on another one."""
     import matplotlib
 
-    with matplotlib.rc_context(report.STYLE):
+    with matplotlib.rc_context(drawing.STYLE):
         for name, _, _, figure in report._figures(found):
             figure.draw_without_rendering()
             renderer = figure.canvas.get_renderer()
-            words = [w for w in words_on(figure) if w.get_visible() and w.get_text().strip()]
-            boxes = [(w.get_text(), w.get_window_extent(renderer).padded(-1)) for w in words]
+            shown = [w for w in words_on(figure) if w.get_visible() and w.get_text().strip()]
+            boxes = [(w.get_text(), w.get_window_extent(renderer).padded(-1)) for w in shown]
             assert len(boxes) > 6, name
             for i, (first, a) in enumerate(boxes):
                 assert figure.bbox.x0 - 1 <= a.x0, (name, first)
@@ -307,14 +307,14 @@ def assert_words_stay_apart(found):
 
 
 def test_words_on_figures_do_not_overlap(folder):
-    assert_words_stay_apart(report.read_folder(folder))
+    assert_words_stay_apart(results.read_folder(folder))
 
 
 def test_runs_keep_their_colours(folder):
-    found = report.read_folder(folder)
+    found = results.read_folder(folder)
     colours = {r.label: r.colour for r in found.runs}
     assert len(set(colours.values())) == len(colours)
-    figure = report.correlation_figure(found)
+    figure = figures.correlation_figure(found)
     drawn = {line.get_label(): line.get_color() for line in figure.axes[0].lines if not line.get_label().startswith("_")}
     assert {k: drawn[k] for k in colours} == colours
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -322,7 +322,7 @@ def test_runs_keep_their_colours(folder):
 
 
 def test_best_values_are_bold_and_diverged_runs_are_not(folder):
-    rows = {r["label"]: r for r in report._rows(report.read_folder(folder))}
+    rows = {r["label"]: r for r in report._rows(results.read_folder(folder))}
     best95 = [label for label, r in rows.items() if r["cells"][1]["best"]]
     assert best95 == ["learned_32"]
     assert not any(c["best"] for c in rows["smagorinsky_64"]["cells"])
@@ -331,7 +331,7 @@ def test_best_values_are_bold_and_diverged_runs_are_not(folder):
     assert rows["smagorinsky_64"]["closure"] == "smagorinsky (cs 0.17)"
     assert rows["learned_64"]["closure"] == "Flux (width 8)"
     within = {"use": "learned_flux", "width": 8, "weights": "trained", "structure": {"form": "average", "c": 0.5}}
-    assert report._named(within) == "learned flux (trained, average structure)"
+    assert words.show_part(within) == "learned flux (trained, average structure)"
 
 
 def test_missing_parts_leave_their_figures_out(tmp_path):
@@ -365,29 +365,29 @@ SUMMARY = {
 
 
 def test_verdict():
-    assert report.verdict(SUMMARY) == "All 2 checks passed. learned keeps ρ ≥ 0.95 to t = 3.30, 2.2 times as long as bare (1.50)."
+    assert words.verdict(SUMMARY) == "All 2 checks passed. learned keeps ρ ≥ 0.95 to t = 3.30, 2.2 times as long as bare (1.50)."
     failed = SUMMARY | {"checks": [SUMMARY["checks"][0], SUMMARY["checks"][1] | {"passed": False}]}
-    assert report.verdict(failed).startswith("1 of 2 checks failed (learned: spectrum_error).")
+    assert words.verdict(failed).startswith("1 of 2 checks failed (learned: spectrum_error).")
     runs = SUMMARY["runs"]
     worse = {"runs": {"bare": runs["bare"], "eddy": runs["eddy"]}, "checks": []}
-    assert report.verdict(worse) == "eddy keeps ρ ≥ 0.95 to t = 1.20, 0.8 times as long as bare (1.50): no gain."
+    assert words.verdict(worse) == "eddy keeps ρ ≥ 0.95 to t = 1.20, 0.8 times as long as bare (1.50): no gain."
     never = {"runs": runs | {"learned": {"outcome": "finished", "t95": None, "t95_at_least": 5.0}}, "checks": []}
-    assert report.verdict(never).endswith("learned keeps ρ ≥ 0.95 beyond t = 5, at least 3.3 times as long as bare (1.50).")
+    assert words.verdict(never).endswith("learned keeps ρ ≥ 0.95 beyond t = 5, at least 3.3 times as long as bare (1.50).")
     blown = {"runs": {"learned": {"outcome": "diverged at t = 2", "t95": 1.0}}, "checks": []}
-    assert report.verdict(blown).startswith("learned diverged at t = 2.")
-    assert report.verdict({}) == "Finished; nothing was compared or checked."
+    assert words.verdict(blown).startswith("learned diverged at t = 2.")
+    assert words.verdict({}) == "Finished; nothing was compared or checked."
 
 
 def test_verdict_compares_within_one_grid(folder):
-    found = report.read_folder(folder)
-    text = report.verdict(found.summary, found.config)
+    found = results.read_folder(folder)
+    text = words.verdict(found.summary, found.config)
     assert "smagorinsky_64 diverged at t = 2.6." in text
     assert re.search(r"On 32 × 32 spectral, learned_32 keeps .* as bare_32", text)
     assert re.search(r"On 64 × 64 finite volume, learned_64 keeps .* as bare_64", text)
 
 
 def test_numbers():
-    assert [report._number(x) for x in (None, np.nan, np.inf, 0.0, 1.23456, 123456.0, 4.56e-8, 99999.0)] == [
+    assert [words.show_number(x) for x in (None, np.nan, np.inf, 0.0, 1.23456, 123456.0, 4.56e-8, 99999.0)] == [
         "–",
         "–",
         "∞",
@@ -401,9 +401,9 @@ def test_numbers():
 
 def test_training_figure(tmp_path):
     history = [{"epoch": i, "loss": 1 / (i + 1), "unroll": 4 + i // 2} for i in range(8)]
-    assert report.training_figure(history, tmp_path / "loss.png").stat().st_size > 1000
+    assert figures.training_figure(history, tmp_path / "loss.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no record"):
-        report.training_figure([], tmp_path / "none.png")
+        figures.training_figure([], tmp_path / "none.png")
 
 
 def test_matplotlib_is_imported_late():
@@ -486,7 +486,7 @@ def make_family(path, family, *, samples=2):
             good = label != "wild"
             row = {"mean": 1.1, "standard_error": 0.02 * samples if samples > 1 else None, "reference": 1.0, "difference": 0.1}
             row["reference_standard_error"] = row["standard_error"]
-            names = [name for name in report.STATISTICS if name in ds] + [f"scalar_variance:{c}" for c in ("dye",) if c in ds]
+            names = [name for name in figures.STATISTICS if name in ds] + [f"scalar_variance:{c}" for c in ("dye",) if c in ds]
             bad = dict.fromkeys(row)
             runs[label] = {
                 "outcome": outcome,
@@ -545,7 +545,7 @@ def test_every_family_has_its_figures(family):
 
 
 def test_words_stay_apart_in_every_family(family):
-    assert_words_stay_apart(report.read_folder(family[1]))
+    assert_words_stay_apart(results.read_folder(family[1]))
 
 
 def test_captions_tell_the_truth(family):
@@ -573,7 +573,7 @@ def test_captions_tell_the_truth(family):
 
 def test_columns_are_those_that_say_something(family):
     name, path = family
-    found = report.read_folder(path)
+    found = results.read_folder(path)
     usual = ["dt", "t95", "t80", "spectrum_error", "statistics_error", "drift", "divergence_max", "seconds", "speed"]
     without = {"line": {"divergence_max"}, "walls": {"spectrum_error"}}.get(name, set())
     if name == "walls":
@@ -585,13 +585,13 @@ def test_columns_are_those_that_say_something(family):
 @pytest.mark.parametrize("name", ["line", "box"])
 def test_one_start_is_enough(tmp_path, name):
     """One start has no standard error, and nothing fails for want of it."""
-    found = report.read_folder(make_family(tmp_path, name, samples=1))
+    found = results.read_folder(make_family(tmp_path, name, samples=1))
     assert {figure[0] for figure in report._figures(found)} == FIGURES[name]
 
 
 def test_a_flat_box_keeps_its_proportions(tmp_path):
-    found = report.read_folder(make_family(tmp_path, "walls", samples=1))
-    figure = report.vorticity_figure(found)
+    found = results.read_folder(make_family(tmp_path, "walls", samples=1))
+    figure = figures.vorticity_figure(found)
     pictures = [axes for axes in figure.axes if axes.images]
     assert pictures
     for axes in pictures:
@@ -605,11 +605,11 @@ def test_the_kolmogorov_page_says_nothing_new(folder):
     for part in ("statistics", "Statistics error", "dissipation", "Distribution"):
         assert part not in text.partition("<pre>")[0], part
     columns = ["dt", "t95", "t80", "spectrum_error", "drift", "divergence_max", "seconds", "speed"]
-    assert report._columns(report.read_folder(folder)) == columns
+    assert report._columns(results.read_folder(folder)) == columns
 
 
 def test_unlike_grids_have_a_column_on_common_shells(folder):
-    found = report.read_folder(folder)
+    found = results.read_folder(folder)
     for i, run in enumerate(found.runs):
         run.numbers["spectrum_error_common"] = 0.01 * (i + 1)
     columns = report._columns(found)
@@ -623,14 +623,14 @@ def test_verdict_on_statistics():
     config = {"domain": {"lengths": [22.0]}, "runs": {r: {"solver": "spectral", "shape": [32]} for r in SUMMARY["runs"]}}
     errors = {"bare": 0.25, "eddy": None, "learned": 0.013}
     runs = {label: numbers | {"statistics_error": errors[label]} for label, numbers in SUMMARY["runs"].items()}
-    text = report.verdict({"runs": runs, "checks": []}, config)
+    text = words.verdict({"runs": runs, "checks": []}, config)
     assert text.endswith("Largest error of the mean squares of u, uₓ and uₓₓ: learned 1.3 %, bare 25 %.")
     plane = config | {"domain": {"lengths": [1.0, 1.0], "boundaries": ["periodic", "periodic"]}}
-    assert "error of" not in report.verdict({"runs": runs, "checks": []}, plane)
+    assert "error of" not in words.verdict({"runs": runs, "checks": []}, plane)
     asked = [{"name": "statistics_error", "run": "bare", "passed": True}]
-    assert "mean energy and enstrophy: learned" in report.verdict({"runs": runs, "checks": asked}, plane)
+    assert "mean energy and enstrophy: learned" in words.verdict({"runs": runs, "checks": asked}, plane)
     walls = config | {"domain": {"lengths": [1.0, 1.0], "boundaries": ["periodic", ["no_slip", "free_slip"]]}}
-    assert "mean energy and enstrophy: learned" in report.verdict({"runs": runs, "checks": []}, walls)
+    assert "mean energy and enstrophy: learned" in words.verdict({"runs": runs, "checks": []}, walls)
 
 
 # Gases
@@ -711,7 +711,7 @@ def make_gas(path, name, *, samples=2):
             good = label != "wild"
             errors = {f: float(ds["error"].sel(field=f, time=0.8).mean()) for f in gas.FIELDS}
             row = {"mean": 1.1, "standard_error": 0.02, "reference": 1.0, "reference_standard_error": 0.02, "difference": 0.1}
-            names = [s for s in report.STATISTICS if s in ds and s != "energy"]
+            names = [s for s in figures.STATISTICS if s in ds and s != "energy"]
             found = diagnostics.t_correlated(times, ds["correlation"].values, 0.95)
             error = max(errors[f] for f in gas.JUDGED) if good else None
             runs[label] = {
@@ -787,7 +787,7 @@ def test_a_gas_has_its_figures(gas_folder):
 
 
 def test_words_stay_apart_on_the_page_of_a_gas(gas_folder):
-    assert_words_stay_apart(report.read_folder(gas_folder[1]))
+    assert_words_stay_apart(results.read_folder(gas_folder[1]))
 
 
 def test_the_page_of_a_gas_tells_the_truth(gas_folder):
@@ -817,8 +817,8 @@ def test_the_page_of_a_gas_tells_the_truth(gas_folder):
 
 def test_verdict_on_a_gas(gas_folder):
     name, path = gas_folder
-    found = report.read_folder(path)
-    text = report.verdict(found.summary, found.config)
+    found = results.read_folder(path)
+    text = words.verdict(found.summary, found.config)
     runs = found.summary["runs"]
     ratio = runs["bare_0"]["error"] / runs["learned_0"]["error"]
     wanted = rf"he error of ρ and √ρ v at t = 0.8 is .* % with learned_0, .* % with bare_0, {ratio:.2g} times as much\."
@@ -827,13 +827,13 @@ def test_verdict_on_a_gas(gas_folder):
     assert ("mass per temperature is 10 % with learned_0, 30 % with bare_0" in text) == (name == "layer")
     worse = json.loads(json.dumps(found.summary))
     worse["runs"]["learned_0"]["error"] = 1.2
-    assert "1.2e+02" not in report.verdict(worse, found.config)
-    assert ": no gain." in report.verdict(worse, found.config)
+    assert "1.2e+02" not in words.verdict(worse, found.config)
+    assert ": no gain." in words.verdict(worse, found.config)
 
 
 def test_columns_of_a_gas(gas_folder):
     name, path = gas_folder
-    found = report.read_folder(path)
+    found = results.read_folder(path)
     columns = report._columns(found)
     assert ("temperature_error" in columns) == (name == "layer")
     assert ("spectrum_error" in columns) == (name != "tube")

@@ -182,7 +182,7 @@ def _lighten() -> None:
     """Leave out what takes long and says nothing here: timings and the figures of the report."""
     import functools
 
-    from hybridsim import experiment, report, storage
+    from hybridsim import experiment, figures, report, storage
 
     def page(folder: Path) -> Path:
         storage.atomic_write(folder / "report.html", "<html></html>\n")
@@ -191,7 +191,7 @@ def _lighten() -> None:
     experiment._reference_cost = lambda *_: 0.0
     experiment.run_locked = functools.partial(experiment.run_locked, timed=False)
     report.write_report = page
-    report.training_figure = lambda history, path: storage.atomic_write(path, b"")
+    figures.training_figure = lambda history, path: storage.atomic_write(path, b"")
 
 
 def save_often() -> None:
@@ -255,6 +255,7 @@ def serve() -> None:
     import hybridsim.ablation
     import hybridsim.bench
     import hybridsim.experiment
+    import hybridsim.figures
     import hybridsim.report
     import hybridsim.training
     from hybridsim.config import solver_tables
