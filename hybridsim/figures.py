@@ -5,6 +5,7 @@ place of vorticity, its error, its phases and its energy budget.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,21 @@ import numpy as np
 import xarray as xr
 
 from hybridsim import diagnostics, gas, storage
-from hybridsim.drawing import LIMIT, PALETTE, REFERENCE_COLOUR, SHADE, STYLE, add_legend, add_note, new_figure, plain_text, png
+from hybridsim.drawing import (
+    BAND,
+    LIMIT,
+    PALETTE,
+    REFERENCE_COLOUR,
+    SHADE,
+    STYLE,
+    add_legend,
+    add_note,
+    add_side_legend,
+    new_figure,
+    new_panels,
+    plain_text,
+    png,
+)
 from hybridsim.results import Folder, Run, has_frames, is_gas, layout_of, plane_of, reference_cost, time_held
 from hybridsim.words import judges_statistics, show_number, show_percent, show_place, show_solver, show_unit, stated_time
 
@@ -368,7 +383,7 @@ def correlation_figure(folder: Folder) -> "Figure | None":
     axes.set_xlim(0 if float(times[0]) >= 0 else float(times[0]), folder.early_end)
     handles, _ = axes.get_legend_handles_labels()
     handles.sort(key=lambda h: h.get_label() == "reference not converged")
-    figure.legend(handles=handles, loc="outside right upper", handlelength=2.6, labelspacing=0.7)
+    add_side_legend(figure, handles)
     return figure
 
 
@@ -419,8 +434,14 @@ def error_figure(folder: Folder) -> "Figure | None":
         handles.append(Line2D([], [], color=REFERENCE_COLOUR, linewidth=1.3, linestyle=":", label="half-resolution reference"))
     if folder.converged_until is not None and folder.converged_until < (folder.window_end or 0.0) * (1 - 1e-9):
         handles.append(Patch(**SHADE, label="reference not converged"))
-    add_legend(figure, handles, 9.2)
+    add_legend(figure, handles)
     return figure
+
+
+def _over_panel(folder: Folder, group: str, columns: int) -> str:
+    """The filter and grid of a group, in two lines where panels are narrow and it is long."""
+    name = show_place(folder, group)
+    return re.sub(r" (?=[a-z])", "\n", name, count=1) if columns >= BAND and len(name) > 22 else name
 
 
 def phase_figure(folder: Folder) -> "Figure | None":
@@ -430,9 +451,7 @@ def phase_figure(folder: Folder) -> "Figure | None":
     groups = [g for g in folder.groups if key in folder.references[g] and any(r.group == g for r in runs)]
     if not groups:
         return None
-    width = 9.2 if len(groups) > 1 else 6.4
-    figure = new_figure(width, 4.9)
-    panels = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row")
+    figure, panels, first = new_panels((1.0, 1.0), len(groups), 4.9, sharex=True)
     drawn, seen = [], ([], [])
     for column, group in enumerate(groups):
         for row, name in enumerate((key, other)):
@@ -449,15 +468,17 @@ def phase_figure(folder: Folder) -> "Figure | None":
                     seen[row].append(found[found > 0])
             axes.set_xscale("log")
             axes.set_yscale("log")
-        panels[0, column].set_title(show_place(folder, group))
-        panels[1, column].set_xlabel("temperature p/ρ" + show_unit(folder.references[group]["temperature"]))
+        panels[0, column].set_title(_over_panel(folder, group, len(groups)))
+        unit = show_unit(folder.references[group]["temperature"])
+        panels[1, column].set_xlabel("temperature p/ρ" + (unit.replace(" ", "\n") if len(groups) >= BAND else unit))
     for row, parts in enumerate(seen):
         values = np.concatenate(parts)
         if values.size:
             panels[row, 0].set_ylim(max(float(values.min()) / 2, 1e-4 * float(values.max())), 3 * float(values.max()))
-    panels[0, 0].set_ylabel("mass per bin")
-    panels[1, 0].set_ylabel("emission per bin")
-    add_legend(figure, _handles(list({r.label: r for r in drawn}.values())), width)
+    for column in first:
+        panels[0, column].set_ylabel("mass per bin")
+        panels[1, column].set_ylabel("emission per bin")
+    add_legend(figure, _handles(list({r.label: r for r in drawn}.values())))
     return figure
 
 
@@ -518,7 +539,7 @@ def budget_figure(folder: Folder) -> "Figure | None":
         if i >= len(shown) - columns:
             axes.set_xlabel(_time_label(folder))
             axes.tick_params(labelbottom=True)
-    add_legend(figure, _handles(runs, reference="reference, same filter"), 9.2)
+    add_legend(figure, _handles(runs, reference="reference, same filter"))
     return figure
 
 
@@ -536,10 +557,8 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     ndim = layout_of(folder.references[groups[0]])[0].ndim
     power, text = {1: (0.0, "E(k)"), 2: (3.0, "k³ E(k)"), 3: (5 / 3, "k$^{5/3}$ E(k)")}[3 if folder.gas and ndim > 1 else ndim]
     split = [g for g in groups if "spectrum_parts" in folder.references[g]]
-    width = 9.2 if len(groups) > 1 else 6.4
-    figure = new_figure(width, 6.6 if split else 5.2)
-    heights = (2.2, 1, 1) if split else (2.2, 1)
-    panels = figure.subplots(len(heights), len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=heights)
+    heights = (2.2, 1.0, 1.0) if split else (2.2, 1.0)
+    figure, panels, first = new_panels(heights, len(groups), 6.6 if split else 5.2, sharex=False)
     tops, drawn, worst = [], [], 1.0
     for column, group in enumerate(groups):
         upper, lower = panels[0, column], panels[1, column]
@@ -573,7 +592,7 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
         for axes in panels[:, column]:
             axes.axvspan(2 / 3 * nyquist, nyquist, **SHADE)
             axes.set_xlim(k[shown][0], nyquist)
-        upper.set_title(show_place(folder, group))
+        upper.set_title(_over_panel(folder, group, len(groups)))
         ticks = [k0 * 2.0**i for i in range(12) if 2.0**i * k0 <= nyquist * 1.001]
         if abs(k0 - round(k0)) > 1e-3:
             decimal = [digit * 10.0**i for i in range(-4, 5) for digit in (1, 2, 5)]
@@ -586,18 +605,18 @@ def spectrum_figure(folder: Folder) -> "Figure | None":
     pool = np.concatenate(tops)
     pool = pool[pool > 0]
     panels[0, 0].set_ylim(pool.min() / 3, pool.max() * 3)
-    panels[0, 0].set_ylabel(text)
-    panels[1, 0].set_ylabel("E / E reference")
+    for column in first:
+        for axes, label in zip(panels[:, column], (text, "E / E reference", "compressive\nshare"), strict=False):
+            axes.set_ylabel(label)
     # the scored part sets the range, in one of four sizes
     reach = next((m for m in (1.5, 2.0, 4.0) if worst <= 0.95 * m), 10.0)
     panels[1, 0].set_ylim(1 / reach, reach)
     panels[1, 0].set_yticks([1 / reach, 1, reach], [show_number(1 / reach, 2), "1", show_number(reach)])
     panels[1, 0].minorticks_off()
     if split:
-        panels[2, 0].set_ylabel("compressive\nshare")
         shares = np.concatenate([line.get_ydata() for axes in panels[2] for line in axes.lines])
         panels[2, 0].set_ylim(0, min(1.0, 1.15 * float(np.nanmax(shares))))
-    add_legend(figure, [*_handles(drawn), Patch(**SHADE, label="not scored")], width)
+    add_legend(figure, [*_handles(drawn), Patch(**SHADE, label="not scored")])
     return figure
 
 
@@ -617,9 +636,7 @@ def distribution_figure(folder: Folder) -> "Figure | None":
     if not groups or (folder.ndim == 2 and not folder.gas):
         return None
     logarithmic = folder.ndim == 3 or folder.gas
-    width = 9.2 if len(groups) > 1 else 6.4
-    figure = new_figure(width, 3.3)
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    figure, (panels,), first = new_panels((1.0,), len(groups), 3.3, sharex=False)
     drawn, top, low, ends = [], 0.0, math.inf, []
     for axes, group in zip(panels, groups, strict=True):
         truth = folder.references[group]["pdf"]
@@ -636,7 +653,7 @@ def distribution_figure(folder: Folder) -> "Figure | None":
                 drawn.append(run)
                 tops.append(min(float(density.max()), 2 * tops[0]))
         top = max(top, *tops)
-        axes.set_title(show_place(folder, group))
+        axes.set_title(_over_panel(folder, group, len(groups)))
         axes.set_xlabel("ln ρ/⟨ρ⟩" if folder.gas else "vorticity component" if logarithmic else "u")
     span = max(ends) - min(ends)
     for axes in panels:
@@ -646,8 +663,9 @@ def distribution_figure(folder: Folder) -> "Figure | None":
         panels[0].set_ylim(max(low / 3, 1e-6 * top), 3 * top)
     else:
         panels[0].set_ylim(0, 1.12 * top)
-    panels[0].set_ylabel("probability density")
-    add_legend(figure, _handles(drawn), width)
+    for column in first:
+        panels[column].set_ylabel("probability density")
+    add_legend(figure, _handles(drawn))
     return figure
 
 
@@ -761,7 +779,7 @@ def conservation_figure(folder: Folder) -> "Figure | None":
             axes.set_xlabel(_time_label(folder))
             axes.tick_params(labelbottom=True)
     handles = _handles(runs, reference=None)
-    add_legend(figure, [*handles, Line2D([], [], **LIMIT, label="limit of the checks")] if limited else handles, 9.2)
+    add_legend(figure, [*handles, Line2D([], [], **LIMIT, label="limit of the checks")] if limited else handles)
     return figure
 
 
@@ -891,9 +909,9 @@ def energy_figure(folder: Folder) -> "Figure | None":
     if not runs:
         return None
     keys = [(key, title) for key, title in keys if any(r.data is not None and key in r.data for r in runs)]
-    width = 9.2 if len(groups) > 1 else 6.4
-    figure = new_figure(width, (2.3 if len(keys) < 3 else 1.75) * len(keys) + 0.6)
-    panels = figure.subplots(len(keys), len(groups), squeeze=False, sharex=True, sharey="row")
+    figure, panels, first = new_panels(
+        [1.0] * len(keys), len(groups), (2.3 if len(keys) < 3 else 1.75) * len(keys) + 0.6, sharex=True
+    )
     marks: list[tuple[int, Axes, np.ndarray, np.ndarray, str]] = []
     for column, group in enumerate(groups):
         for row, (key, title) in enumerate(keys):
@@ -916,10 +934,10 @@ def energy_figure(folder: Folder) -> "Figure | None":
                 if not run.diverged and np.isfinite(values).any():
                     low.append(np.nanmin(values))
                     high.append(np.nanmax(values))
-            if column == 0:
+            if column in first:
                 axes.set_ylabel(title.replace(" ½", "\n½"))
             if row == 0 and group:
-                axes.set_title(show_place(folder, group))
+                axes.set_title(_over_panel(folder, group, len(groups)))
             if row == len(keys) - 1:
                 axes.set_xlabel(_time_label(folder))
             axes.set_xlim(0 if len(groups) else None, folder.window_end)
@@ -940,7 +958,7 @@ def energy_figure(folder: Folder) -> "Figure | None":
         for at, axes, times, line, colour in marks:
             if at == row:
                 _end_mark(axes, times, np.clip(line, *axes.get_ylim()), colour)
-    add_legend(figure, _handles(runs, reference="reference, same filter" if groups != [""] else None), width)
+    add_legend(figure, _handles(runs, reference="reference, same filter" if groups != [""] else None))
     return figure
 
 
@@ -985,7 +1003,7 @@ def _change_figure(folder: Folder, figure: "Figure", axes: "Axes", error: xr.Dat
     axes.set(xlabel=_time_label(folder), ylabel="relative L2 change,\nhalf against full resolution")
     axes.set_xlim(float(times[0]), float(times[-1]))
     handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside right upper", handlelength=2.6, labelspacing=0.7)
+    add_side_legend(figure, handles)
     return figure
 
 

@@ -1,6 +1,7 @@
 """The report of made-up experiments: two solvers, five runs, one of which diverges half way; and one of every other family."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import re
@@ -784,6 +785,37 @@ def test_a_gas_has_its_figures(gas_folder):
         assert (picture.min(axis=-1) < 0.8).mean() > 0.004, file.name
         edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         assert (edge > 0.99).all(), file.name
+
+
+def test_many_filters_stand_in_bands(gas_folder):
+    """A benchmark's family has a dozen grids and thirty runs; its figures grow down, and no words collide."""
+    import matplotlib as mpl
+
+    found = results.read_folder(gas_folder[1])
+    group, count = found.groups[0], 11
+    runs, references = [], {k: v for k, v in found.references.items() if k not in found.groups}
+    for i in range(count):
+        name = f"finite_volume_copy{i}"
+        references[name] = found.references[group]
+        for run in found.runs:
+            assert run.data is not None
+            if run.group == group:
+                data = run.data.assign_attrs(reference_group=name)
+                runs.append(dataclasses.replace(run, label=f"{run.label}_with_{i}", data=data))
+    many = dataclasses.replace(found, runs=tuple(runs), references=references)
+    assert len(many.groups) == count
+    with mpl.rc_context(drawing.STYLE):
+        drawn = {name: figure for name, _, _, figure in report._figures(many)}
+        few = {name: figure for name, _, _, figure in report._figures(found)}
+        for name in {"energy", "distribution", "spectra"} & drawn.keys():
+            figure = drawn[name]
+            figure.draw_without_rendering()
+            panels = [a.get_position() for a in figure.axes]
+            assert len({round(p.x0, 3) for p in panels}) <= drawing.BAND
+            assert len(panels) == count * len(few[name].axes) // len(found.groups)
+            assert min(p.width * figure.get_figwidth() for p in panels) > 1.3
+            assert min(p.height * figure.get_figheight() for p in panels) > 0.4
+    assert_words_stay_apart(many)
 
 
 def test_words_stay_apart_on_the_page_of_a_gas(gas_folder):
