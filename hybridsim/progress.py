@@ -1,6 +1,7 @@
 """What a long command says while it works: a bar on a terminal, plain lines elsewhere, and both in log.txt."""
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""Errors of a stream that nobody will read again."""
 
 
 class _Patient:
@@ -20,17 +25,19 @@ class _Patient:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: OSError) -> None:
+        if error.errno not in GONE:  # a full pipe or disk may have room again
+            return
         # what the stream still holds has to go somewhere when the process ends
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,8 +1,10 @@
 """Ctrl-C, SIGTERM and SIGUSR1 as questions that a run asks between chunks: am I to stop, am I to save now?"""
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -23,12 +25,15 @@ class Interrupted(BaseException):
 class Stop:
     """The request to stop: `requested` is the signal's number, or None; `wants_save`: save now and go on (SIGUSR1).
 
-    Nothing is interrupted in the middle of a chunk; a second Ctrl-C does not wait for the end of it.
+    Nothing is interrupted in the middle of a chunk. Python learns of a signal only when compiled code has returned; so that a
+    second Ctrl-C does not wait for that, a thread listens too, and ends the process where it stands. What is saved is safe: files
+    are replaced whole, and locks go with their process.
     """
 
     def __init__(self):
         self.requested: int | None = None
         self.wants_save = False
+        self._watched = False
 
     def check(self) -> None:
         """Raise `Interrupted` if a stop was requested; call it where the state is saved."""
@@ -41,7 +46,7 @@ class Stop:
         return asked
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
+        if self.requested is not None and number == signal.SIGINT and not self._watched:
             raise KeyboardInterrupt
         self.requested = number
 
@@ -64,10 +69,58 @@ class Stop:
                 # other threads may not set handlers
                 with contextlib.suppress(ValueError):
                     before[number] = signal.signal(number, receiver)
-            yield self
+            with self._watching():
+                yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Another thread hears of every signal at once, by way of a pipe."""
+        ours = threading.current_thread() is threading.main_thread() and os.name == "posix"
+        if not ours:
+            yield
+            return
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True)
+        thread.start()
+        self._watched = True
+        try:
+            yield
+        finally:
+            self._watched = False
+            signal.set_wakeup_fd(before)
+            os.close(mouth)
+            thread.join()
+            os.close(ear)
+
+    def _listen(self, ear: int) -> None:
+        asked = False
+        while numbers := os.read(ear, 64):
+            for number in numbers:
+                if asked and number == signal.SIGINT:
+                    _end_at_once()
+                if number in (signal.SIGINT, signal.SIGTERM) and not asked:
+                    asked = True
+                    _say("stopping as soon as the state is saved; Ctrl-C again stops at once")
+
+
+def _say(text: str) -> None:
+    """To a terminal, past everything that the main thread may hold."""
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            os.write(2, f"\r\x1b[Khybridsim: {text}\n".encode())
+
+
+def _end_at_once() -> None:
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
+    _say("stopped at once; --resume goes on from the state that was saved last")
+    os._exit(128 + signal.SIGINT)
 
 
 STOP = Stop()

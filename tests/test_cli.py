@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -199,16 +200,36 @@ def test_a_command_that_saves_nothing_just_ends(folder: Path, monkeypatch):
     assert handlers == [before]
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_a_request_is_answered_where_it_is_asked_for():
     stop = Stop()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted) as caught:
             stop.check()
     assert caught.value.exit_code == 143
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+def test_a_second_ctrl_c_does_not_wait_for_compiled_code():
+    """Code that never returns to Python stands for a long chunk: one SIGINT is kept for its end, a second one does not wait."""
+    code = """
+        import hashlib
+        from hybridsim.signals import STOP
+
+        with STOP.listening():
+            print("begins", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20.0) == 130
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
