@@ -254,7 +254,8 @@ def _sweep_locked(
     # each case keeps its own with all defaults; here they would stand in the way of choices between classes
     given = storage.to_plain({**(experiment.plain or {}), "name": experiment.name})
     begun = {"command": "train" if training else "run", "config": given, "files": experiment.files}
-    if resume and marker.exists():
+    going_on, environment = resume and marker.exists(), resuming.environment()
+    if going_on:
         old = storage.read_json(marker)
         if not isinstance(old, dict):
             raise storage.CorruptError(f"{marker}: damaged; start again without --resume")
@@ -263,11 +264,19 @@ def _sweep_locked(
                 f"{folder}: holds another sweep: {key_path(path)} was {show_value(before)}, is {show_value(now)}; resume with the "
                 "same YAML, or choose another --out"
             )
-    earlier = resuming.forget_manifest(folder, marker)
-    if not (resume and marker.exists()):
-        for old in (cases, folder / "others"):
-            storage.remove_folder(old, marker)
+        if not options["force"]:
+            resuming.check_bits(folder, old.get("environment", {}), environment, "--force goes on")
+    begun["environment"] = environment
+    parts = (cases, folder / "others")
+    if not going_on:
+        for part in parts:
+            storage.check_removable(part, marker)
+    earlier = resuming.named_before(folder, marker)
     storage.write_json(marker, {**begun, "earlier": earlier})
+    storage.forget_manifest(folder)
+    if not going_on:
+        for part in parts:
+            storage.remove_folder(part, marker)
     storage.atomic_write(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     count = len(experiment.cases)
     say.line(f"sweep of {experiment.name}: {count} cases → {folder}")
@@ -282,26 +291,26 @@ def _sweep_locked(
             say.line(f"case {i + 1} of {count}, {case.name}: done before")
             record = done
         else:
-            place.mkdir(parents=True, exist_ok=True)
             say.line(f"case {i + 1} of {count}, {case.name}")
-            record = {
-                "case": case.name,
-                "title": case.title,
-                "values": case.values,
-                "changes": case.changes,
-                "config_hash": case.experiment.config_hash,
-                **one(case, place, resume, say, rank, options),
-            }
-            storage.write_json(kept, record)
+            with storage.FolderLock(place):
+                record = {
+                    "case": case.name,
+                    "title": case.title,
+                    "values": case.values,
+                    "changes": case.changes,
+                    "config_hash": case.experiment.config_hash,
+                    **one(case, place, resume, say, rank, options),
+                }
+                storage.write_json(kept, record)
         records.append(record)
         write_results(folder, experiment, records, rank, training, baselines)
     sweep = experiment.spec.sweep
     assert sweep is not None
     for line in _lines(records if sweep.order == "file" else ranked(records, rank), rank, sweep.order == "rank"):
         say.line(line)
-    storage.write_json(marker, begun)
     names = ["config.yaml", "sweep_begun.json", "sweep.json", "sweep.md", "figures/sweep.png", "cases", "others"]
     about = {"command": "sweep", "measured_by": begun["command"], **provenance(experiment)}
+    storage.write_json(marker, begun)
     storage.write_manifest(folder, names, about, earlier)
     say.line(f"table: {folder / 'sweep.md'}; figure: {folder / 'figures' / 'sweep.png'}")
     return 3 if all(r["score"] is None for r in records) else 0
@@ -320,9 +329,9 @@ def _baselines(
     summary = place / "summary.json"
     whole = summary.exists() and not (place / "state" / resuming.BEGUN).exists()
     if not (whole and storage.read_json(summary)["config_hash"] == others.config_hash):
-        place.mkdir(parents=True, exist_ok=True)
         say.line(f"the other runs: {', '.join(others.labels)}")
-        run_locked(others, place, resume, say, **options)
+        with storage.FolderLock(place):
+            run_locked(others, place, resume, say, **options)
     return {label: _of_summary(found, rank) for label, found in storage.read_json(summary)["runs"].items()}
 
 

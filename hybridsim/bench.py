@@ -498,7 +498,8 @@ def run_family(plan: FamilyPlan, folder: Path, rounds: int, resume: bool, say: R
 
     On `resume` what is there of the same configuration is kept.
     """
-    earlier = storage.forget_manifest(folder)
+    earlier = storage.named_files(folder)
+    storage.forget_manifest(folder)
     base = plan.experiment()
     tuning = tune_family(plan, folder, resume, say)
     plan.with_steps(tuning, base.spec.time.end / base.spec.time.frames)
@@ -523,7 +524,8 @@ def run_family(plan: FamilyPlan, folder: Path, rounds: int, resume: bool, say: R
             "timings": timings,
         }
         storage.write_json(turns, kept)
-    earlier |= storage.forget_manifest(folder)
+    earlier |= storage.named_files(folder)
+    storage.forget_manifest(folder)
     written = ["tuning.json", "limit.json", "turns.json", *(name for name in files_of(experiment) if name not in earlier)]
     storage.write_manifest(folder, written, {"command": "run", **provenance(experiment)}, earlier)
     evidence = {
@@ -550,17 +552,23 @@ def bench_command(
     before = None if against is None else read_results(against)
     folder = Path("runs") / (f"bench_{stem}_quick" if quick else f"bench_{stem}") if out is None else out
     with storage.FolderLock(folder), Reporter(console, folder / "log.txt") as say:
-        earlier = resuming.forget_manifest(folder, folder / BEGUN)
-        storage.write_json(folder / BEGUN, {"config": bench.model_dump(mode="json"), "earlier": earlier})
+        environment, marker = resuming.environment(), folder / BEGUN
+        if resume and marker.exists():
+            begun = storage.read_json(marker)
+            known = begun.get("environment") if isinstance(begun, dict) else None
+            resuming.check_bits(folder, known or {}, environment, "start again without --resume")
+        earlier = resuming.named_before(folder, marker)
+        storage.write_json(marker, {"config": bench.model_dump(mode="json"), "environment": environment, "earlier": earlier})
+        storage.forget_manifest(folder)
         results: dict[str, Record] = {}
         begin = time.perf_counter()
         for family, plan in plans.items():
             place = folder / family
-            place.mkdir(parents=True, exist_ok=True)
             for package, labels in plan.missing.items():
                 say.line(f"{family}: {package} is not installed, so {', '.join(labels)} are left out")
             try:
-                experiment, summary, evidence = run_family(plan, place, bench.rounds, resume, say)
+                with storage.FolderLock(place):
+                    experiment, summary, evidence = run_family(plan, place, bench.rounds, resume, say)
             except FineRunError as error:
                 say.line(f"{family}: {error}; lower reference.cfl or refine reference.shape")
                 return 3
@@ -571,7 +579,7 @@ def bench_command(
             page = write_results(folder, bench, results, quick, before, about)
         names = ["bench.json", "bench.md", "bench.nc", "bench.html", "figures/*.png", *results]
         storage.write_manifest(folder, names, {"command": "bench", **about}, earlier)
-        (folder / BEGUN).unlink()
+        marker.unlink()
         say.line(f"{len(results)} {'family' if len(results) == 1 else 'families'} in {time.perf_counter() - begin:.0f} s: {page}")
     return 0
 

@@ -4,7 +4,7 @@ A run is looked at between chunks only. When a chunk holds something that is not
 the last good state, one model step at a time, until the step, the field and the cell are known; the state before that step is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,12 +147,10 @@ def kept(folder: Path) -> Found | None:
     return Found(Blowup.from_json(meta["blowup"]), arrays["u"], meta["time"])
 
 
-def clear(results: Path) -> None:
-    """Removes the last finite states that an earlier run left beside its results."""
-    place = results / FOLDER
-    if place.is_dir() and not place.is_symlink():
-        for file in place.glob("*.nc"):
-            file.unlink()
+def clear(results: Path, labels: Iterable[str]) -> None:
+    """Removes the last finite states that an earlier run left of runs of these names."""
+    for label in labels:
+        storage.remove_file(results / FOLDER / f"{label}.nc")
 
 
 def advice(model: Model, found: Found, start: Float[np.ndarray, "c *grid"]) -> list[str]:

@@ -82,7 +82,7 @@ def free_disk(folder: Path) -> float:
 def check_need(need: Need, folder: Path, state: Path | None = None) -> str:
     """One line with what is needed and what there is; raises `StorageError` where memory or the results' disk do not suffice.
 
-    `state`: the folder with what an interrupted computation has written already.
+    `state`: the folder with what an interrupted computation has written, which is gone on with or removed.
     """
     memory, free, cache = machine_memory(), free_disk(folder), free_disk(cache_folder())
     if need.memory > memory:

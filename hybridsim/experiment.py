@@ -302,7 +302,7 @@ def _run_one(
             progress(result.done, frames)
             # asked once: a signal that comes later finds the state saved by the next chunk
             asked, stopping = STOP.asked_to_save(), STOP.requested is not None
-            if result.done == frames or len(gone) == samples or stopping or asked or journal.due():
+            if result.done == frames or len(gone) == samples or stopping or asked or journal.has_waited():
                 save()
             if asked or stopping:
                 write(result)
@@ -914,11 +914,14 @@ def _prepare_folder(experiment: "Experiment", folder: Path, resume: bool, force:
 
     state = folder / "state"
     going_on = resuming.may_go_on(state, experiment, "run", resume, force)
-    earlier = resuming.forget_manifest(folder, state / resuming.BEGUN)
+    earlier = resuming.named_before(folder, state / resuming.BEGUN)
     if not going_on:
         storage.remove_folder(state, state / resuming.BEGUN)
-        blowups.clear(folder)
     resuming.begin(state, experiment, earlier)
+    storage.forget_manifest(folder)
+    if not going_on:
+        named = [Path(name) for name in earlier]
+        blowups.clear(folder, {*experiment.labels, *(path.stem for path in named if path.parent.name == blowups.FOLDER)})
     text = yaml.safe_dump(experiment.resolved, sort_keys=False, allow_unicode=True)
     storage.atomic_write(folder / "config.yaml", text)
     return earlier
@@ -954,7 +957,7 @@ def run_locked(
     """`run_experiment` in a folder whose lock is held; without costs where they are measured otherwise."""
     import datetime
 
-    needed = check_need(need_of(experiment), folder, folder / "state" if resume else None)
+    needed = check_need(need_of(experiment), folder, folder / "state")
     earlier = _prepare_folder(experiment, folder, resume, force)
     environment = storage.environment()
     say.line(f"{experiment.title} ({experiment.name}), {len(experiment.labels)} runs → {folder}")

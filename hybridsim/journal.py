@@ -39,8 +39,12 @@ class Cadence:
 
     def due(self) -> bool:
         """Whether to save now; a request by signal is answered by that."""
+        return STOP.asked_to_save() or self.has_waited()
+
+    def has_waited(self) -> bool:
+        """Whether the clock says so."""
         wait = max(self.every, self._cost / SHARE) if self.every else 0.0
-        return STOP.asked_to_save() or time.monotonic() - self._last >= wait
+        return time.monotonic() - self._last >= wait
 
     def saved(self, seconds: float) -> None:
         """Notes that a state was saved just now, and what that took."""
@@ -116,8 +120,12 @@ class Journal:
         self.pieces.append(dict(piece))
 
     def due(self) -> bool:
-        """Whether a state should be saved now."""
+        """Whether a state should be saved now; a request by signal is answered by that."""
         return self._checkpoints is not None and self._cadence.due()
+
+    def has_waited(self) -> bool:
+        """Whether the clock says that a state should be saved now."""
+        return self._checkpoints is not None and self._cadence.has_waited()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any] | None = None) -> None:
         """Writes the pieces since the last save, then the state to which they lead; without a folder does nothing."""

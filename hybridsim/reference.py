@@ -5,6 +5,7 @@ import inspect
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -228,7 +229,8 @@ def make_frames(
     - `pictures`: how many fine states of sample 0 are kept. `store_as`: dtype of the kept frames (default: that of the run).
     - `keep`: whether the cache is asked and keeps what is made.
     """
-    key = storage.recipe_hash(dict(recipe), dtype)
+    kept = np.dtype(dtype if store_as is None else store_as)
+    key = storage.recipe_hash({**recipe, "kept": kept.name}, dtype)
     found = storage.load_cached(key) if keep else None
     times = interval * np.arange(frames + 1)
     picture_frames = np.unique(np.linspace(0, frames, pictures).round().astype(int)) if pictures else np.zeros(0, int)
@@ -243,7 +245,6 @@ def make_frames(
     warming = lambda x: progress("warm-up", share * x)  # noqa: E731
     u = cached_starts(starts, lambda j: warm_starts(solver_on, stepper, initial, keys, grid, dtype, warming, j), dtype)
     solver = solver_on(grid)
-    kept = np.dtype(dtype if store_as is None else store_as)
     filters = {
         name: eqx.filter_jit(jax.vmap(lambda q, s=target: s.restrict(q, grid, solver.variables)))
         for name, target in targets.items()
@@ -293,7 +294,12 @@ class Unfinished:
                 lock.__enter__()
                 self._lock = lock
                 self._forget_old()
-            except storage.StorageError:
+            except storage.StorageError as error:
+                warnings.warn(
+                    f"{error}; going on without, so what this fine run has finished is not kept if it is interrupted",
+                    storage.StorageWarning,
+                    stacklevel=2,
+                )
                 self.folder = None
         return self
 
@@ -320,9 +326,10 @@ class Unfinished:
     def clear(self) -> None:
         """Removes everything: the data are made."""
         if self.folder is not None:
-            for place in self.folder.iterdir():
-                if place.is_dir():
-                    shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):  # whoever removed it before us did what we want
+                for place in self.folder.iterdir():
+                    if place.is_dir():
+                        shutil.rmtree(place, ignore_errors=True)
 
 
 def cached_starts(recipe: Mapping[str, Any] | None, make: Callable[[Callable[[str], Journal]], Array], dtype: Any) -> Array:

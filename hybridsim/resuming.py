@@ -24,7 +24,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
 }
 """Keys that decide no number of the state; `*` stands for any one name."""
 
-BITS = ("hybridsim", "sources", "jax", "jaxlib", "device", "backend", "devices", "threads")
+BITS = ("hybridsim", "sources", "jax", "jaxlib", "equinox", "optax", "numpy", "device", "backend", "devices", "threads")
 """Entries of the environment on which the last bits depend."""
 
 
@@ -59,31 +59,33 @@ def may_go_on(folder: Path, experiment: "Experiment", what: Literal["run", "trai
     marker = folder / BEGUN
     if not (resume and marker.exists()):
         return False
-    check_same(folder, storage.read_json(marker), experiment, _environment(), what, force)
+    check_same(folder, storage.read_json(marker), experiment, environment(), what, force)
     return True
 
 
-def forget_manifest(results: Path, marker: Path) -> dict[str, dict[str, Any]]:
-    """Removes the manifest of `results`; what it named, or what the computation that was interrupted there found named.
+def named_before(results: Path, marker: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest of `results` names, or what the computation that was interrupted there found named and left as it was.
 
-    `marker`: the file in which a computation says that it has begun; it keeps there, as `earlier`, what is returned here.
+    `marker`: the file in which a computation says that it has begun; it keeps there, as `earlier`, what is returned here, before
+    the manifest goes.
     """
     kept: Any = None
     with contextlib.suppress(storage.StorageError):
         kept = storage.read_json(marker)
     kept = kept.get("earlier") if isinstance(kept, dict) else None
-    return {**(kept if isinstance(kept, dict) else {}), **storage.forget_manifest(results)}
+    return {**storage.still_as_named(results, kept if isinstance(kept, dict) else {}), **storage.named_files(results)}
 
 
 def begin(folder: Path, experiment: "Experiment", earlier: Mapping[str, Any]) -> None:
-    """Says in `folder` to what its state belongs, and which files of the results stood before (see `forget_manifest`)."""
+    """Says in `folder` to what its state belongs, and which files of the results stood before (see `named_before`)."""
     folder.mkdir(exist_ok=True)
     belongs = {"config_hash": experiment.config_hash, "config": experiment.resolved, "files": experiment.files}
-    storage.write_json(folder / BEGUN, {**belongs, "environment": _environment(), "earlier": earlier})
+    storage.write_json(folder / BEGUN, {**belongs, "environment": environment(), "earlier": earlier})
 
 
-def _environment() -> dict[str, Any]:
-    return {**storage.environment(), "sources": storage.source_digest()}
+def environment() -> dict[str, Any]:
+    """The versions, the sources and the machine on which the bits depend."""
+    return {**storage.environment(), "sources": storage.package_digest()}
 
 
 def check_same(
@@ -109,11 +111,15 @@ def check_same(
         name = key_path(path)
         happened = "was not used" if before is None else "is no longer used" if now is None else "has changed since"
         raise storage.StorageError(f"{folder}: holds the state of another configuration: the file {name} {happened}; {way_out}")
+    if not force:
+        check_bits(folder, old["environment"], environment, "--force goes on")
+
+
+def check_bits(folder: Path, old: Mapping[str, Any], now: Mapping[str, Any], way_out: str) -> None:
+    """Raises `StorageError` with the first of `BITS` that differs between two environments."""
     for name in BITS:
-        before, now = old["environment"].get(name), environment.get(name)
-        if before != now and not force:
-            if name == "sources":
-                before, now = str(before)[:12], str(now)[:12]
+        if old.get(name) != now.get(name):
+            before, here = (str(found.get(name))[: 12 if name == "sources" else None] for found in (old, now))
             raise storage.StorageError(
-                f"{folder}: was computed with {name} {before}, here it is {now}, so the last bits may differ; --force goes on"
+                f"{folder}: was computed with {name} {before}, here it is {here}, so the last bits may differ; {way_out}"
             )

@@ -219,6 +219,18 @@ def remove_leftovers(folder: str | os.PathLike, older_than: float = 0.0) -> None
                 shutil.rmtree(path) if stat.S_ISDIR(found.st_mode) else path.unlink()
 
 
+def check_removable(folder: str | os.PathLike, marker: str | os.PathLike) -> None:
+    """Raises `StorageError` where `remove_folder` would refuse: the folder holds something, and not hybridsim made it."""
+    folder = Path(folder)
+    _stay_inside(folder)
+    try:
+        foreign = folder.exists() and not folder.is_symlink() and not Path(marker).is_file() and any(folder.iterdir())
+    except OSError as error:
+        raise _refusal(folder, "read", error) from error
+    if foreign:
+        raise StorageError(f"{folder}: hybridsim did not make this folder and would have to empty it; choose another --out")
+
+
 def remove_folder(folder: str | os.PathLike, marker: str | os.PathLike) -> None:
     """Remove a folder that hybridsim made, at once for every reader: it is renamed first, so that no half of it is ever seen.
 
@@ -226,13 +238,11 @@ def remove_folder(folder: str | os.PathLike, marker: str | os.PathLike) -> None:
     the marker that holds something is somebody else's, and refused.
     """
     folder = Path(folder)
-    _stay_inside(folder)
+    check_removable(folder, marker)
     try:
         if folder.is_symlink():
             folder.unlink()
         elif folder.exists():
-            if not Path(marker).is_file() and any(folder.iterdir()):
-                raise StorageError(f"{folder}: hybridsim did not make this folder and would have to empty it; choose another --out")
             aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
             folder.rename(aside)
             shutil.rmtree(aside)
@@ -240,10 +250,23 @@ def remove_folder(folder: str | os.PathLike, marker: str | os.PathLike) -> None:
         raise _refusal(folder, "remove", error) from error
 
 
+def remove_file(path: str | os.PathLike) -> None:
+    """Remove a file that hybridsim wrote, if it is there; one behind a symbolic link is somebody else's and stays."""
+    path = Path(path)
+    if path.parent.is_symlink():
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except NotADirectoryError:
+        return
+    except OSError as error:
+        raise _refusal(path, "remove", error) from error
+
+
 def existing_parent(path: str | os.PathLike) -> Path:
     """The path itself, or the nearest folder above it that exists."""
     place = Path(path).absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # noqa: PTH110 -- what may not be looked at is not there
         place = place.parent
     return place
 
@@ -747,13 +770,17 @@ class Checkpoints:
         return self.folder / f"{step:012d}.safetensors", self.folder / f"{step:012d}.json"
 
     def save(self, step: int, tree: Any, meta: Mapping[str, Any] | None = None) -> None:
-        """Store a state; then drop those of later steps (a computation that went back has no use for them) and the oldest."""
+        """Store a state; then `prune`: a computation that went back has no use for what came later."""
         step = int(step)
         if step < 0:
             raise ValueError(f"step: {step} is negative")
         arrays, manifest = self.paths(step)
         save_tree(arrays, tree, {"step": step, "meta": dict(meta or {}), "about": self.about})
         write_json(manifest, {"step": step, "bytes": arrays.stat().st_size, "sha256": sha256(arrays)})
+        self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Drop the checkpoints of later steps and, but for the last few, of earlier ones."""
         kept = [other for other in self.steps() if other <= step][-self.keep :]
         for other in self.steps():
             if other not in kept:
@@ -777,12 +804,18 @@ class Checkpoints:
             except StorageError as error:
                 reasons.append(str(error))
                 continue
+            reasons += [f"{path}: has no manifest, so it was not finished" for path in self._without_manifest(step)]
             for reason in reasons:
                 warnings.warn(f"{reason}; going on from the checkpoint of step {step}", StorageWarning, stacklevel=2)
             return step, tree, meta, *more
         if reasons:
             raise StorageError(f"{self.folder}: no checkpoint can be used; start again without resuming. {reasons[0]}")
         return None
+
+    def _without_manifest(self, after: int) -> list[Path]:
+        """Arrays of later steps whose manifest is not there: their process was killed in between, or somebody removed it."""
+        found = [path for path in self.folder.glob("*.safetensors") if path.stem and set(path.stem) <= set(string.digits)]
+        return sorted(path for path in found if int(path.stem) > after and not path.with_suffix(".json").exists())
 
     def _promised(self, step: int) -> str:
         """The SHA-256 of a checkpoint as its manifest has it; its size is checked here."""
@@ -1086,12 +1119,25 @@ def compiled_folder() -> Path:
     return cache_folder() / "compiled" / hashlib.sha256("\n".join(kind).encode()).hexdigest()[:16]
 
 
+def _room(name: str) -> Path:
+    """Where a part of the package lies, without importing it."""
+    spec = importlib.util.find_spec(f"hybridsim.{name}")
+    return Path(next(iter(spec.submodule_search_locations or []))) if spec else Path(__file__).parent / name
+
+
 def source_digest() -> str:
     """SHA-256 over names and texts of the sources that decide the numbers: `NUMERICAL_SOURCES` and the solvers' room."""
     engine = Path(__file__).parent
-    spec = importlib.util.find_spec("hybridsim.solvers")  # where it is, without importing it
-    room = next(iter(spec.submodule_search_locations or [])) if spec else engine / "solvers"
-    files = [engine / name for name in NUMERICAL_SOURCES] + sorted(Path(room).glob("*.py"))
+    return _digest_of([*(engine / name for name in NUMERICAL_SOURCES), *sorted(_room("solvers").glob("*.py"))])
+
+
+def package_digest() -> str:
+    """SHA-256 over names and texts of all sources: of the engine, the solvers and the corrections."""
+    rooms = (Path(__file__).parent, _room("solvers"), _room("corrections"))
+    return _digest_of([file for room in rooms for file in sorted(room.glob("*.py"))])
+
+
+def _digest_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         if file.exists():
@@ -1149,7 +1195,7 @@ def load_cached(key: str, *, kind: str = "reference") -> tuple[dict[str, np.ndar
     A damaged entry is passed over with a `StorageWarning`: make the data anew and store it.
     """
     path = _cache_path(key, kind)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 -- what may not be looked at is not there
         return None
     try:
         tensors, meta, _ = _read_tensors(path)
@@ -1181,16 +1227,32 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def forget_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Remove the manifest of a folder before anything in it is overwritten; what it named, for the manifest that comes next.
+def named_files(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """What the manifest of a folder names, for the manifest that comes next.
 
     Every entry carries the `config_hash` of the command that made its file.
     """
-    path = Path(folder) / MANIFEST
     try:
-        found = read_manifest(path)
+        found = read_manifest(Path(folder) / MANIFEST)
     except StorageError:
-        found = None  # what is damaged or not there names nothing
+        return {}  # what is damaged or not there names nothing
+    return {name: {"config_hash": found["config_hash"], **entry} for name, entry in found["files"].items()}
+
+
+def still_as_named(folder: str | os.PathLike, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of the `entries` of a manifest whose files are as they were."""
+    folder, kept = Path(folder), {}
+    for name, entry in entries.items():
+        path = folder / name
+        with contextlib.suppress(StorageError, OSError, KeyError, TypeError):
+            if path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]:
+                kept[name] = entry
+    return kept
+
+
+def forget_manifest(folder: str | os.PathLike) -> None:
+    """Remove the manifest of a folder before anything in it is overwritten."""
+    path = Path(folder) / MANIFEST
     try:
         if path.is_symlink() or path.exists():
             path.unlink()
@@ -1198,9 +1260,6 @@ def forget_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
                 _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         raise _refusal(path, "remove", error) from error
-    if found is None:
-        return {}
-    return {name: {"config_hash": found["config_hash"], **entry} for name, entry in found["files"].items()}
 
 
 def write_manifest(
@@ -1217,7 +1276,7 @@ def write_manifest(
     - `names`: patterns of its files, relative to the folder (`figures/*.png`); a folder stands for everything in it, states
       (`state/`) and temporary files excepted. Symbolic links are not named.
     - `about`: what made them (see `provenance`), with `config_hash`.
-    - `earlier`: what `forget_manifest` gave. Entries of files that are still there and that no pattern meets stay as they were.
+    - `earlier`: what `named_files` gave. Entries of files that are still there and that no pattern meets stay as they were.
     """
     folder = Path(folder)
     found = {path for pattern in names for path in folder.glob(pattern)}
@@ -1246,7 +1305,8 @@ def renewed(folder: str | os.PathLike, names: Iterable[str]) -> Iterator[None]:
     except StorageError:
         yield
         return
-    earlier = forget_manifest(folder)
+    earlier = named_files(folder)
+    forget_manifest(folder)
     try:
         yield
     finally:
@@ -1314,11 +1374,19 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
+def _in_use(lock: Path) -> str:
+    try:
+        owner = json.loads(lock.read_bytes()[:4096])
+        return f"in use by process {int(owner['pid'])} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "in use by another process"
+
+
 class FolderLock:
     """`with FolderLock(folder):` one owner per folder; a second one is refused with the owner's process and host.
 
     The lock is the operating system's: it ends with its process, so a killed one leaves nothing in the way. Temporary files that
-    a killed owner left are removed on entry.
+    a killed owner left are removed on entry. What lies below a folder belongs to its owner, too.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -1328,6 +1396,7 @@ class FolderLock:
 
     def __enter__(self) -> "FolderLock":
         try:
+            self._refuse_below_another()
             self.folder.mkdir(parents=True, exist_ok=True)
             while self._handle is None:
                 self._handle = self._open()
@@ -1341,26 +1410,33 @@ class FolderLock:
             raise _refusal(self.path, "lock the folder", error) from error
         return self
 
+    def _refuse_below_another(self) -> None:
+        for parent in Path(os.path.abspath(self.folder)).parents:  # noqa: PTH100 -- as in `_stay_inside`
+            path = parent / ".lock"
+            if parent in _OWNED or not os.path.exists(path):  # noqa: PTH110 -- what may not be looked at is not there
+                continue
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    if not _try_lock(handle):
+                        where = f"{self.folder}: the folder {parent} is {_in_use(path)}"
+                        raise LockedError(f"{where}; wait for it or choose another folder")
+                finally:
+                    os.close(handle)
+
     def _open(self) -> int | None:
         """A locked handle of the file that is at `path` now; None if its last owner removed it in between."""
         handle = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
         kept = False
         try:
             if not _try_lock(handle):
-                raise LockedError(f"{self.folder}: in use by {self._owner()}; wait for it or choose another folder")
+                raise LockedError(f"{self.folder}: {_in_use(self.path)}; wait for it or choose another folder")
             with contextlib.suppress(FileNotFoundError):
                 kept = os.path.samestat(os.fstat(handle), self.path.stat())
             return handle if kept else None
         finally:
             if not kept:
                 os.close(handle)
-
-    def _owner(self) -> str:
-        try:
-            owner = json.loads(self.path.read_bytes()[:4096])
-            return f"process {int(owner['pid'])} on {owner['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
 
     def _release(self) -> None:
         if self._handle is not None:

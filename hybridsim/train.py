@@ -586,9 +586,10 @@ def train(
     best_update, spent, skipped_total, firsts = 0, 0.0, 0, {}
     data = [digest_of(task.windows) for task in tasks]
     if checkpoints is not None and resume and (found := checkpoints.latest(state)) is not None:
-        _, state, meta = found
+        step, state, meta = found
         if meta["data"] != data:
             raise StorageError(f"{checkpoints.folder}: holds the training on other data; train anew, without resuming")
+        checkpoints.prune(step)
         history, best_update, spent, skipped_total = meta["history"], meta["best_update"], meta["seconds"], meta["skipped"]
         firsts = {int(length): seconds for length, seconds in meta["firsts"].items()}
     state = jax.tree.map(jnp.array, state)
@@ -669,13 +670,13 @@ def train(
             if len(history) > MOST_RECORDS:
                 # by the records alone, so that a training that was resumed keeps the same ones
                 history = [r for i, r in enumerate(history) if i % 2 or "validation" in r]
-            if "validation" in record or cadence.due():
-                save()
             try:
-                report(record)
+                report(record)  # before the state, so that a log has whatever a state stands for
             except BaseException:
                 save()
                 raise
+            if "validation" in record or cadence.due():
+                save()
     return Outcome(
         with_closures(first, state.best),
         history,

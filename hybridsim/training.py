@@ -276,7 +276,10 @@ def train_locked(
     work = folder / "training"
     needed = check_need(need_of_training(experiment), folder)
     resume = resuming.may_go_on(work, experiment, "training", resume, force)
-    earlier = resuming.forget_manifest(folder, work / resuming.BEGUN)
+    if not resume:
+        storage.check_removable(work, work / resuming.BEGUN)
+    earlier = resuming.named_before(folder, work / resuming.BEGUN)
+    storage.forget_manifest(folder)
     if not resume:
         # What another recipe left must never be taken for the training of this one.
         storage.remove_folder(work, work / resuming.BEGUN)

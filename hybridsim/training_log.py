@@ -34,8 +34,7 @@ class JsonLines:
             self._file = storage.open_log(self._path)
         try:
             self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
-            if "validation" in record:
-                self._file.flush()
+            self._file.flush()
         except OSError as error:
             raise storage.StorageError(
                 f"{self._path}: cannot write ({error.strerror}): free some space and go on with --resume, or leave train.log out"

@@ -315,8 +315,7 @@ class _Folder:
     def checkpoints(self, folder: Path) -> None:
         """Every checkpoint of a folder against its own manifest."""
         checkpoints = storage.Checkpoints(folder)
-        # a run's state is worth what the frames before it are
-        journal = Journal(folder.parent) if any(folder.parent.glob("frames-*.safetensors")) else None
+        journal = _journal_of(folder)
         whole: list[int] = []
         for step in checkpoints.steps():
             arrays, manifest = checkpoints.paths(step)
@@ -335,6 +334,11 @@ class _Folder:
         if damaged and whole:
             sentence = f"--resume goes on from the checkpoint of step {max(whole)}"
             self.findings.append(Finding(self.name(folder), None, sentence))
+
+
+def _journal_of(folder: Path) -> Journal | None:
+    """The frames that go with the checkpoints of a run, which are worth nothing without; a training has none."""
+    return Journal(folder.parent) if folder.name == "checkpoints" else None
 
 
 def _difference(file: Path, entry: Mapping[str, Any]) -> str | None:
@@ -438,6 +442,8 @@ def verify_file(path: Path) -> list[Finding]:
 
             def check() -> str:
                 storage.Checkpoints(path.parent).verify(step)
+                if (journal := _journal_of(path.absolute().parent)) is not None:
+                    journal.read_pieces(step)
                 return f"checkpoint of step {step}, whole"
 
             return [_guarded(path.name, check)]
@@ -459,6 +465,8 @@ def verify_cache(folder: Path) -> list[Finding]:
             continue
         if storage.is_leftover(path.name):
             findings.append(Finding(name.as_posix(), None, "left by a process that was killed; old ones are removed in time"))
+        elif name.parts[0] == "unfinished":
+            continue  # below, with what belongs to it
         elif path.suffix == ".safetensors" and not path.is_symlink():
             findings.append(_guarded(name.as_posix(), lambda path=path: _entry(path)))
     findings += [
@@ -466,7 +474,22 @@ def verify_cache(folder: Path) -> list[Finding]:
         for place in sorted(folder.glob("*/*.zarr"))
         if place.is_dir() and not place.is_symlink()
     ]
-    return findings or [Finding(str(folder), True, "the cache is empty")]
+    return findings + _unfinished(folder) or [Finding(str(folder), True, "the cache is empty")]
+
+
+def _unfinished(cache: Path) -> list[Finding]:
+    """What interrupted fine runs have left, from which the next one of the same recipe goes on."""
+    reader = _Fields()
+    try:
+        found = _Folder(cache, reader)
+        for place in _checkpoint_folders(list(_walk(cache / "unfinished"))):
+            found.checkpoints(place)
+        for path in _walk(cache / "unfinished"):
+            if path.suffix == ".safetensors" and path not in found.seen and not path.is_symlink():
+                found.add(path, found.content(path))
+        return found.findings
+    finally:
+        reader.close()
 
 
 def _entry(path: Path) -> str:

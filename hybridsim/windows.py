@@ -144,13 +144,21 @@ def write_zarr(
     - `pieces`: the first trajectory of each piece, and a function that makes it; pieces that an earlier, interrupted call has
       finished are not made again.
 
-    Chunks carry a CRC-32C checksum. The folder gets its name once everything is in it.
+    Chunks carry a CRC-32C checksum. The folder gets its name once everything is in it; one process makes it at a time.
     """
+    if not folder.exists():
+        making = folder.with_suffix(".making")
+        with storage.FolderLock(making):
+            if not folder.exists():
+                _write_pieces(folder, shape, dtype, pieces)
+        shutil.rmtree(making, ignore_errors=True)
+    return Zarr(folder)
+
+
+def _write_pieces(folder: Path, shape: Sequence[int], dtype: Any, pieces: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> None:
     import zarr
     from zarr.codecs import BloscCodec, Crc32cCodec
 
-    if folder.exists():
-        return Zarr(folder)
     partial = folder.with_suffix(".partial")
     notes = partial / "finished.json"
     frame = int(np.prod(shape[2:])) * np.dtype(dtype).itemsize
@@ -187,7 +195,6 @@ def write_zarr(
         raise storage.StorageError(
             f"{folder}: cannot be written: {error.strerror or error}; choose another HYBRIDSIM_CACHE"
         ) from error
-    return Zarr(folder)
 
 
 def drawn(

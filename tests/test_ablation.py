@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hybridsim import ablation, storage, train
+from hybridsim import ablation, resuming, storage, train
 from hybridsim.cli import app
 from hybridsim.config import experiment_from, load_experiment
 from hybridsim.verify import verify_folder
@@ -249,6 +249,13 @@ def test_trainings_are_ranked_and_resumed(tmp_path, monkeypatch):
     assert [(c["case"], c["scores"]) for c in again["cases"]] == [(c["case"], c["scores"]) for c in whole["cases"]]
     assert [str(f) for f in verify_folder(Path("out")) if f.good is not True] == []
     assert "cases/flux/mine.safetensors" in storage.read_manifest("out/manifest.json")["files"]
+    found = resuming.environment()
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "environment", lambda: {**found, "sources": "0" * 64})
+        result = hybridsim("train", "case.yaml", "--out", "out", "--resume")
+        assert result.exit_code == 2
+        assert "with sources " in result.stderr
+        assert hybridsim("train", "case.yaml", "--out", "out", "--resume", "--force").exit_code == 0
     result = hybridsim("train", "case.yaml", "train.power=1.0", "--out", "out", "--resume")
     assert result.exit_code == 2
     assert "holds another sweep: config.train.power was null, is 1.0" in result.stderr

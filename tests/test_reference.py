@@ -1,6 +1,7 @@
 """Fine runs and their filters, from the cache and anew."""
 
 import os
+import shutil
 import time
 
 import jax
@@ -177,6 +178,16 @@ def test_training_data_are_kept_apart_too(tmp_path):
     assert keys[0] == keys[2] != keys[1]
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("order", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_frames_kept_in_another_precision_are_others(order):
+    for dtype in order:
+        found = _frames(half=None, store_as=dtype)
+        assert not found.cached
+        assert found.groups["fine_24x24"].dtype == dtype
+    assert _frames(half=None, store_as=order[0]).groups["fine_24x24"].dtype == order[0]
+
+
 class Killed(BaseException):
     pass
 
@@ -240,6 +251,14 @@ def test_damage_and_a_full_disk_cost_a_fine_run_time_only(monkeypatch):
 
 
 @pytest.mark.usefixtures("x64")
+def test_a_cache_that_goes_away_costs_a_fine_run_nothing():
+    def remove(what, fraction):
+        shutil.rmtree(storage.cache_folder(), ignore_errors=True)
+
+    _frames(half=None, progress=remove)
+
+
+@pytest.mark.usefixtures("x64")
 def test_what_nobody_has_asked_for_in_a_month_is_forgotten():
     place = storage.cache_folder() / "unfinished"
     for name, age in (("b", 31), ("c", 1)):
@@ -253,10 +272,14 @@ def test_what_nobody_has_asked_for_in_a_month_is_forgotten():
 
 @pytest.mark.usefixtures("x64")
 def test_two_processes_may_make_the_same_reference():
-    with reference.Unfinished(64 * "a") as mine, reference.Unfinished(64 * "a") as other:
+    with reference.Unfinished(64 * "a") as mine:
+        late = reference.Unfinished(64 * "a")
+        with pytest.warns(storage.StorageWarning, match="in use by process .* is not kept"):
+            late.__enter__()
+        assert late.journal("fine").folder is None
+        late.clear()
+        late.__exit__(None, None, None)
         assert mine.journal("fine").folder is not None
-        assert other.journal("fine").folder is None
-        other.clear()
     assert not (storage.cache_folder() / "unfinished" / (64 * "a")).exists()
 
 

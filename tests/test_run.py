@@ -12,7 +12,7 @@ import xarray as xr
 import yaml
 from rich.console import Console
 
-from hybridsim import blowups, storage
+from hybridsim import blowups, resuming, storage
 from hybridsim.config import experiment_from, load_experiment
 from hybridsim.experiment import _sentence, _statistics, _statistics_error, evaluate_checks, run_experiment
 from hybridsim.progress import Reporter
@@ -244,6 +244,35 @@ def test_a_refused_resume_changes_nothing_and_a_killed_run_keeps_what_stood_befo
     named = storage.read_manifest(folder / "manifest.json")["files"]
     assert named["learned.json"]["config_hash"] == "1" * 64
     assert {"bare.nc", "summary.json", "report.html"} <= set(named)
+
+
+def test_what_an_interrupted_command_has_overwritten_is_no_longer_as_named(tmp_path):
+    for name in ("kept.json", "changed.json", "gone.json", "again.json"):
+        storage.write_json(tmp_path / name, {"of": name})
+    storage.write_manifest(tmp_path, ["*.json"], {"config_hash": "1" * 64})
+    marker = tmp_path / "state" / resuming.BEGUN
+    storage.write_json(marker, {"earlier": resuming.named_before(tmp_path, marker)})
+    storage.forget_manifest(tmp_path)
+    (tmp_path / "gone.json").unlink()
+    for name in ("changed.json", "again.json"):
+        storage.write_json(tmp_path / name, {"of": "another"})
+    storage.write_manifest(tmp_path, ["again.json"], {"config_hash": "2" * 64})
+    found = resuming.named_before(tmp_path, marker)
+    assert {name: entry["config_hash"][0] for name, entry in found.items()} == {"kept.json": "1", "again.json": "2"}
+
+
+def test_a_refused_run_leaves_the_manifest_and_no_file_of_the_users_goes(tmp_path, x64, console):
+    made, folder = experiment(tmp_path, runs={"bare": SMALL["runs"]["bare"]}), tmp_path / "here"
+    mine = folder / blowups.FOLDER / "mine.nc"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    assert run_experiment(made, folder, False, console) == 0
+    assert mine.read_bytes() == b"mine"
+    (folder / "state").mkdir()
+    (folder / "state" / "mine").write_bytes(b"mine")
+    with pytest.raises(storage.StorageError, match="did not make this folder"):
+        run_experiment(made, folder, False, console)
+    assert storage.read_manifest(folder / "manifest.json")
 
 
 def test_a_failed_check_is_exit_code_1(tmp_path, x64, console):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 
 import equinox as eqx
 import hypothesis
@@ -175,6 +176,7 @@ for step in itertools.count(1):
 
 
 @pytest.mark.reliability("R1")
+@pytest.mark.filterwarnings("default:.*has no manifest")
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
     like = {"u": np.zeros(40_000, int), "step": 0}
     for trial in range(3):
@@ -517,9 +519,13 @@ def test_a_failing_checkpoint_leaves_the_previous_one(tmp_path, monkeypatch, cal
         else:
             with pytest.raises(storage.StorageError, match="disk is full"):
                 checkpoints.save(30, state(30))
-    found = checkpoints.latest(state(0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = checkpoints.latest(state(0))
     assert found is not None
     assert_same(found[1], state(found[0]))
+    arrays, manifest = checkpoints.paths(30)
+    assert ["has no manifest" in str(warning.message) for warning in said] == [True] * (arrays.exists() and not manifest.exists())
 
 
 # --- weights
@@ -738,6 +744,28 @@ def test_a_second_owner_is_refused(tmp_path):
     with storage.FolderLock(folder):
         pass
     assert not list(folder.iterdir())
+
+
+@pytest.mark.reliability("R11")
+def test_a_folder_below_one_in_use_is_refused(tmp_path):
+    code = (
+        "import sys, time; from hybridsim import storage\nwith storage.FolderLock(sys.argv[1]): print(flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    below = tmp_path / "cases" / "one"
+    with (
+        pytest.raises(storage.LockedError, match=f"one: the folder .* is in use by process {process.pid}"),
+        storage.FolderLock(below),
+    ):
+        pass
+    assert not below.exists()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with storage.FolderLock(tmp_path), storage.FolderLock(below), storage.FolderLock(below / "deeper"):
+        assert (below / "deeper" / ".lock").exists()
 
 
 @pytest.mark.reliability("R11")

@@ -19,7 +19,7 @@ from compressible_flows import gas
 from flows import kolmogorov, learned, random_flow, solver_of, square
 from test_compressible import rough_flow
 
-from hybridsim import losses, reference, windows
+from hybridsim import losses, reference, storage, windows
 from hybridsim import train as training_loop
 from hybridsim.config import experiment_from
 from hybridsim.contract import with_constants
@@ -74,6 +74,8 @@ def test_zarr_windows_are_those_of_memory_and_a_stopped_writing_goes_on(tmp_path
     with pytest.raises(KeyboardInterrupt):
         windows.write_zarr(folder, data.shape, data.dtype, pieces(stop=True))
     assert not folder.exists()
+    with storage.FolderLock(folder.with_suffix(".making")), pytest.raises(storage.LockedError, match="in use by process"):
+        windows.write_zarr(folder, data.shape, data.dtype, pieces())
     read = windows.write_zarr(folder, data.shape, data.dtype, pieces())
     assert made == [0, 2, 4]
     assert list(tmp_path.iterdir()) == [folder]

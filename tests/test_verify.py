@@ -123,7 +123,8 @@ def test_a_manifest_is_gone_before_anything_is_written_over(tmp_path, made, monk
     inside = [(path, claimed) for path, claimed in seen if path.startswith(str(folder))]
     assert len(inside) > 5
     assert inside[-1][0].endswith("manifest.json")
-    assert not any(claimed for _, claimed in inside)
+    # the marker comes first, since it keeps what the manifest named
+    assert not any(claimed for path, claimed in inside if not path.endswith("state/begun.json"))
     assert list(damaged(folder)) == ["learned-seed0.safetensors"]
     # the training's files are still named, with the configuration that made them
     entry = storage.read_manifest(folder / "manifest.json")["files"]["learned.safetensors"]
@@ -326,6 +327,29 @@ def test_frames_that_are_damaged_take_their_checkpoint_with_them(made, tmp_path)
     assert code == 1
     assert any(line.startswith("✗ state/bare/checkpoints/000000000004.safetensors") for line in found)
     assert "! state/bare/checkpoints: --resume goes on from the checkpoint of step 2" in found
+
+
+def test_a_checkpoint_without_its_frames_is_damaged(made, tmp_path):
+    folder, newest = unfinished(made, tmp_path / "killed")
+    for path in (folder / "state/bare").glob("frames-*"):
+        path.unlink()
+    found = damaged(folder)
+    assert {name for name in found if "checkpoints" in name} == {f"state/bare/checkpoints/{n:012d}.safetensors" for n in (2, 4)}
+    assert damaged(newest)
+
+
+def test_what_interrupted_fine_runs_left_in_the_cache_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDSIM_CACHE", str(tmp_path / "cache"))
+    journal = Journal(tmp_path / "cache/unfinished" / (64 * "a") / "fine", every=0.0)
+    for step in (2, 4):
+        journal.add({"group/a": np.ones(3)})
+        journal.save(step, {"u": np.arange(9.0)})
+    code, found = lines("--cache")
+    assert code == 0
+    assert sum(line.startswith("✓ unfinished") for line in found) == 4
+    newest = max(path for path in (tmp_path / "cache").rglob("*.safetensors") if path.parent.name == "checkpoints")
+    flip(newest, 100)
+    assert list(damaged("--cache")) == [newest.relative_to(tmp_path / "cache").as_posix()]
 
 
 def test_a_run_at_work_is_seen(made, tmp_path):

@@ -1,5 +1,6 @@
 """Small commands of each kind, what they leave when nothing goes wrong, and what must hold when something did."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ train:
   seeds: [1, 4]
   average: 0.9
   noise: 0.01
+  log: jsonl
 """
 """Two trainings with four validations each."""
 
@@ -168,6 +170,10 @@ def differences(one: Path, two: Path) -> Iterator[str]:
             first, second = _arrays(a), _arrays(b)
             if set(first) != set(second) or not all(_same(first[k], second[k]) for k in first):
                 yield f"{name}: other weights"
+        elif name.endswith(".jsonl"):
+            first, second = ([_without_times(json.loads(line)) for line in p.read_text().splitlines()] for p in (a, b))
+            if first != second:
+                yield f"{name}: other lines"
         elif name in ("summary.json", "training.json", "config.yaml"):
             first, second = (_without_times(yaml.safe_load(p.read_text())) for p in (a, b))
             if first != second:
