@@ -50,7 +50,7 @@ train:
   seeds: [1, 4]
   average: 0.9
   noise: 0.01
-  log: jsonl
+  log: [jsonl]
 """
 """Two trainings with four validations each."""
 
