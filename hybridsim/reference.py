@@ -289,7 +289,7 @@ class Unfinished:
 
     def __enter__(self) -> "Unfinished":
         if self.folder is not None:
-            lock = storage.FolderLock(self.folder)
+            lock = storage.FolderLock(self.folder, shared=True)
             try:
                 lock.__enter__()
                 self._lock = lock

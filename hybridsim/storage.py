@@ -1386,17 +1386,19 @@ class FolderLock:
     """`with FolderLock(folder):` one owner per folder; a second one is refused with the owner's process and host.
 
     The lock is the operating system's: it ends with its process, so a killed one leaves nothing in the way. Temporary files that
-    a killed owner left are removed on entry. What lies below a folder belongs to its owner, too.
+    a killed owner left are removed on entry. What lies below a folder belongs to its owner, too, but for the cache (`shared`),
+    wherever that is.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, *, shared: bool = False):
+        self.folder, self.shared = Path(folder), shared
         self.path = self.folder / ".lock"
         self._handle: int | None = None
 
     def __enter__(self) -> "FolderLock":
         try:
-            self._refuse_below_another()
+            if not self.shared:
+                self._refuse_below_another()
             self.folder.mkdir(parents=True, exist_ok=True)
             while self._handle is None:
                 self._handle = self._open()

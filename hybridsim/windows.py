@@ -148,7 +148,7 @@ def write_zarr(
     """
     if not folder.exists():
         making = folder.with_suffix(".making")
-        with storage.FolderLock(making):
+        with storage.FolderLock(making, shared=True):
             if not folder.exists():
                 _write_pieces(folder, shape, dtype, pieces)
         shutil.rmtree(making, ignore_errors=True)

@@ -761,6 +761,8 @@ def test_a_folder_below_one_in_use_is_refused(tmp_path):
     ):
         pass
     assert not below.exists()
+    with storage.FolderLock(tmp_path / "cache" / "one", shared=True):
+        pass
     process.kill()
     process.wait()
     process.stdout.close()
