@@ -1,8 +1,8 @@
 """`pytest -m reliability`: every row of the table of faults, quick cases and full ones; the table stands at the end.
 
-The quick cases belong to the default tests and take about two minutes on one core. The full ones are marked slow as well and take
-about an hour and a half on one core: each call of the writer refused in turn, 200 kills and 50 signals a third of an hour to half
-an hour each, the matrix of resumed solvers and the Riemann problems a quarter each. `--cases N` bounds each campaign: with 20 the
+The quick cases belong to the default tests and take two to three minutes on one core. The full ones are marked slow as well and take
+two and a half hours on one core: the calls of the writer refused in turn three quarters, 200 kills and 50 signals half an hour each,
+sweeps and benchmarks as long together, the matrix of resumed solvers a quarter. `--cases N` bounds each campaign: with 20 the
 whole takes less than an hour. What is drawn is drawn from fixed seeds.
 """
 
