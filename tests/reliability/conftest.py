@@ -1,9 +1,9 @@
 """`pytest -m reliability`: every row of the table of faults, quick cases and full ones; the table stands at the end.
 
-The quick cases belong to the default tests and take two to three minutes on one core. The full ones are marked slow as well and take
-two and a half hours on one core: the calls of the writer refused in turn three quarters, 200 kills and 50 signals half an hour each,
-sweeps and benchmarks as long together, the matrix of resumed solvers a quarter. `--cases N` bounds each campaign: with 20 the
-whole takes less than an hour. What is drawn is drawn from fixed seeds.
+The quick cases belong to the default tests and take two to three minutes on one core. The full ones are marked slow as well and
+take two and a half hours on one core: the calls of the writer refused in turn three quarters, 200 kills and 50 signals half an
+hour each, sweeps and benchmarks as long together, the matrix of resumed solvers a quarter. `--cases N` bounds each campaign: with
+20 the whole takes less than an hour. What is drawn is drawn from fixed seeds.
 """
 
 from collections.abc import Callable, Iterator
