@@ -176,7 +176,7 @@ for step in itertools.count(1):
 
 
 @pytest.mark.reliability("R1")
-@pytest.mark.filterwarnings("default:.*has no manifest")
+@pytest.mark.filterwarnings("ignore:.*has no manifest")
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
     like = {"u": np.zeros(40_000, int), "step": 0}
     for trial in range(3):
