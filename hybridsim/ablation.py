@@ -265,7 +265,7 @@ def _sweep_locked(
                 "same YAML, or choose another --out"
             )
         if not options["force"]:
-            resuming.check_bits(folder, old.get("environment", {}), environment, "--force goes on")
+            resuming.check_bits(folder, old.get("environment"), environment, "--force goes on")
     begun["environment"] = environment
     parts = (cases, folder / "others")
     if not going_on:

@@ -556,7 +556,7 @@ def bench_command(
         if resume and marker.exists():
             begun = storage.read_json(marker)
             known = begun.get("environment") if isinstance(begun, dict) else None
-            resuming.check_bits(folder, known or {}, environment, "start again without --resume")
+            resuming.check_bits(folder, known, environment, "start again without --resume")
         earlier = resuming.named_before(folder, marker)
         storage.write_json(marker, {"config": bench.model_dump(mode="json"), "environment": environment, "earlier": earlier})
         storage.forget_manifest(folder)

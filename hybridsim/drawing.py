@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette without its yellow, which vanishes on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
+DASHES = ("-", (0, (5, 1, 1, 1)), (0, (7, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (9, 1, 3, 1)))
+BARE_DASHES = ((0, (4, 1.6)), (0, (1.4, 1.4)), (0, (8, 2)), (0, (1, 3)), (0, (12, 4)))
+"""Of runs with closures, and of bare ones: another each time that the colours begin again."""
+
 REFERENCE_COLOUR = "#222222"
 DPI = 160
 BAND = 4

@@ -151,6 +151,16 @@ def _sequential_scale(values: np.ndarray, name: str) -> dict[str, Any] | None:
     return {"cmap": colours, "vmin": low, "vmax": high}
 
 
+def _colour_bar(figure: "Figure", image: Any, right: float, top: float, tall: float) -> Any:
+    """A colour bar in the right margin, below the top one; all in inches."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes(((width - right + 0.12) / width, (height - top - tall) / height, 0.13 / width, tall / height))
+    axes.grid(visible=False)
+    bar = figure.colorbar(image, cax=axes, extend="both")
+    bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return bar
+
+
 def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure | None":
     """A field of sample 0: a row per run and reference, a column per time."""
     runs = [r for r in folder.runs if r.data is not None and has_frames(r.data)]
@@ -232,12 +242,7 @@ def _picture_figure(folder: Folder, name: str, label: str, unit: str) -> "Figure
                 text = show_percent(float(rho[j]) if rho[j] > 1e-6 else 0.0) if name == "density" else text
                 axes.text(0.06 / side, 0.075 / (side * aspect), text, transform=axes.transAxes, fontsize=7.5, bbox=box)
     if image is not None:
-        bar_height = min(height - top - bottom, 3.2)
-        axes = figure.add_axes(
-            ((width - right + 0.12) / width, (height - top - bar_height) / height, 0.13 / width, bar_height / height)
-        )
-        bar = figure.colorbar(image, cax=axes, extend="both")
-        bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        bar = _colour_bar(figure, image, right, top, min(height - top - bottom, 3.2))
         plain = name != "vorticity" or show_unit(runs[0].data["u"]) == ""  # pyright: ignore[reportOptionalSubscript]
         if scale.get("norm") is not None:
             bar.ax.yaxis.set_major_formatter(lambda x, _: show_number(x))
@@ -324,14 +329,8 @@ def spacetime_figure(folder: Folder) -> "Figure | None":
                 f"ρ < 0.95 from t = {lost:.3g}", (lost, 0), xytext=(-6 if late else 6, 6), fontsize=7.5, va="bottom", bbox=box, **at
             )
     if image is not None:
-        bar_height = min(height - top - bottom, 2.6)
-        axes = figure.add_axes(
-            ((width - right + 0.12) / width, (height - top - bar_height) / height, 0.13 / width, bar_height / height)
-        )
-        bar = figure.colorbar(image, cax=axes, extend="both")
-        bar.outline.set_linewidth(0.5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        bar = _colour_bar(figure, image, right, top, min(height - top - bottom, 2.6))
         bar.set_label("density ρ" if folder.gas else "u")
-        axes.grid(visible=False)
     return figure
 
 

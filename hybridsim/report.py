@@ -337,16 +337,16 @@ def _figures(folder: Folder) -> list[tuple[str, str, str, "Figure"]]:
             "error",
             "Error over time",
             f"‖q − q_ref‖/‖q_ref‖{words['band']}, each run against the reference under its own filter. Lines: mean over starts; "
-            f"bands: smallest to largest; dots: the stated time, t = {words['stated']}; dashed: bare runs; × ends a diverged run. "
-            "Dotted: what half its resolution changes in the reference itself.",
+            f"bands: smallest to largest; dots: the stated time, t = {words['stated']}; thin and broken: bare runs; × ends a "
+            "diverged run. Dotted in black: what half its resolution changes in the reference itself.",
             figures.error_figure,
         ),
         (
             "correlation",
             "Correlation with the reference over time",
             f"{compared}{words['band']}, each run against the reference under its own filter. Lines: mean over starts; "
-            "bands: smallest to largest; dots: t95 and t80; dashed: bare runs; a run that diverges counts as 0 from then on."
-            + (" Later times are left out." if folder.early_end != folder.window_end else ""),
+            "bands: smallest to largest; dots: t95 and t80; thin and broken: bare runs; a run that diverges counts as 0 from "
+            "then on." + (" Later times are left out." if folder.early_end != folder.window_end else ""),
             figures.correlation_figure,
         ),
         (

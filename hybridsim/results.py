@@ -12,20 +12,23 @@ import yaml
 
 from hybridsim import diagnostics, storage
 from hybridsim.contract import Variable
-from hybridsim.drawing import PALETTE, plain_text
+from hybridsim.drawing import BARE_DASHES, DASHES, PALETTE, plain_text
 from hybridsim.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run as the page shows it: its numbers, its frames, and the colour and dash it keeps on every figure."""
+    """One run as the page shows it: its numbers, its frames, and the colour and dash it keeps on every figure.
+
+    `lap`: how often the colours were used up before it.
+    """
 
     label: str
     numbers: Mapping[str, Any]
     config: Mapping[str, Any]
     data: xr.Dataset | None
     colour: str
-    dash: Any
+    lap: int
 
     @property
     def bare(self) -> bool:
@@ -42,8 +45,9 @@ class Run:
 
     @property
     def line(self) -> dict[str, Any]:
-        """How its line is drawn: thin and dashed for a bare run."""
-        dash = (0, (4, 1.6)) if self.bare else self.dash
+        """How its line is drawn: thin and broken for a bare run; runs of one colour differ."""
+        kinds = BARE_DASHES if self.bare else DASHES
+        dash = kinds[self.lap % len(kinds)]
         return {"color": self.colour, "linestyle": dash, "linewidth": 1.5 if self.bare else 1.9, "label": plain_text(self.label)}
 
 
@@ -133,9 +137,7 @@ def read_folder(path: Path) -> Folder:
     for i, (label, numbers) in enumerate(summary.get("runs", {}).items()):
         data = storage.open_dataset(inside[label]) if label in inside else None
         settings = (config.get("runs") or {}).get(label) or {}
-        lap = i // len(PALETTE)
-        dash = ("-", (0, (5, 1, 1, 1)), (0, (1, 1)))[lap % 3]
-        runs.append(Run(label, numbers, settings, data, PALETTE[i % len(PALETTE)], dash))
+        runs.append(Run(label, numbers, settings, data, PALETTE[i % len(PALETTE)], i // len(PALETTE)))
     references = {}
     if "reference" in inside:
         references = {

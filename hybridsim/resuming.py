@@ -115,8 +115,9 @@ def check_same(
         check_bits(folder, old["environment"], environment, "--force goes on")
 
 
-def check_bits(folder: Path, old: Mapping[str, Any], now: Mapping[str, Any], way_out: str) -> None:
-    """Raises `StorageError` with the first of `BITS` that differs between two environments."""
+def check_bits(folder: Path, old: Any, now: Mapping[str, Any], way_out: str) -> None:
+    """Raises `StorageError` with the first of `BITS` that differs between the environment that was read and that of now."""
+    old = old if isinstance(old, Mapping) else {}
     for name in BITS:
         if old.get(name) != now.get(name):
             before, here = (str(found.get(name))[: 12 if name == "sources" else None] for found in (old, now))

@@ -805,6 +805,9 @@ def test_many_filters_stand_in_bands(gas_folder):
             if run.group == group:
                 data = run.data.assign_attrs(reference_group=name)
                 runs.append(dataclasses.replace(run, label=f"{run.label}_with_{i}", data=data))
+    runs = [dataclasses.replace(r, colour=drawing.PALETTE[i % 7], lap=i // 7) for i, r in enumerate(runs)]
+    lines = {(line["color"], str(line["linestyle"]), line["linewidth"]) for line in (run.line for run in runs)}
+    assert len(lines) == len(runs) >= 18
     many = dataclasses.replace(found, runs=tuple(runs), references=references)
     assert len(many.groups) == count
     recipes = (figures.energy_figure, figures.distribution_figure, figures.spectrum_figure)

@@ -136,18 +136,24 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, x64, console, monkeypatch)
     assert storage.open_dataset(folder / "bare.nc").attrs["outcome"] == "finished"
 
 
-def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatch):
-    folder = tmp_path / "stopped"
+def stopped_after_a_chunk(made, folder, console, monkeypatch):
+    """Runs until the first state is saved, as if Ctrl-C had been pressed."""
     real = storage.Checkpoints.save
 
     def save_and_stop(self, step, tree, meta=None):
         real(self, step, tree, meta)
         STOP.requested = 2
 
-    monkeypatch.setattr(storage.Checkpoints, "save", save_and_stop)
-    with pytest.raises(Interrupted):
-        run_experiment(experiment(tmp_path), folder, False, console)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Checkpoints, "save", save_and_stop)
+        with pytest.raises(Interrupted):
+            run_experiment(made, folder, False, console, save_every=0.0)
     STOP.requested = None
+
+
+def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatch):
+    folder = tmp_path / "stopped"
+    stopped_after_a_chunk(experiment(tmp_path), folder, console, monkeypatch)
     with pytest.raises(storage.StorageError, match=r"another configuration: samples\.seed was 7, is 8; resume with the same YAML"):
         run_experiment(experiment(tmp_path, samples={"count": 2, "seed": 8}), folder, True, console)
     with pytest.raises(storage.StorageError, match=r"title was 'small', is 'Other'; it changes no state: --force goes on with it"):
@@ -157,7 +163,6 @@ def test_another_configuration_is_not_resumed(tmp_path, x64, console, monkeypatc
     storage.write_json(marker, {**begun, "environment": {**begun["environment"], "jax": "0.1"}})
     with pytest.raises(storage.StorageError, match=r"was computed with jax 0\.1, here it is .*--force goes on"):
         run_experiment(experiment(tmp_path), folder, True, console)
-    monkeypatch.setattr(storage.Checkpoints, "save", real)
     assert run_experiment(experiment(tmp_path, title="Other"), folder, True, console, force=True) == 0
 
 
@@ -224,17 +229,7 @@ def test_a_refused_resume_changes_nothing_and_a_killed_run_keeps_what_stood_befo
     about = {"config_hash": "1" * 64}
     storage.write_json(folder / "learned.json", {"of": "a training"})
     storage.write_manifest(folder, ["learned.json"], about)
-    real = storage.Checkpoints.save
-
-    def save_and_stop(self, step, tree, meta=None):
-        real(self, step, tree, meta)
-        STOP.requested = 2
-
-    monkeypatch.setattr(storage.Checkpoints, "save", save_and_stop)
-    with pytest.raises(Interrupted):
-        run_experiment(made, folder, False, console, save_every=0.0)
-    STOP.requested = None
-    monkeypatch.setattr(storage.Checkpoints, "save", real)
+    stopped_after_a_chunk(made, folder, console, monkeypatch)
     storage.write_manifest(folder, ["learned.json"], about)
     with pytest.raises(storage.StorageError, match="another configuration"):
         run_experiment(experiment(tmp_path, runs=runs, samples={"count": 2, "seed": 8}), folder, True, console)

@@ -1,5 +1,6 @@
 """What is stored comes back bit for bit, or is refused; the old file survives every fault of the writer."""
 
+import contextlib
 import errno
 import json
 import os
@@ -746,43 +747,37 @@ def test_a_second_owner_is_refused(tmp_path):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.reliability("R11")
-def test_a_folder_below_one_in_use_is_refused(tmp_path):
+@contextlib.contextmanager
+def owned_by_another(folder):
+    """Another process holds the lock of `folder`, and is killed at the end of the block."""
     code = (
         "import sys, time; from hybridsim import storage\nwith storage.FolderLock(sys.argv[1]): print(flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.reliability("R11")
+def test_a_folder_below_one_in_use_is_refused(tmp_path):
     below = tmp_path / "cases" / "one"
-    with (
-        pytest.raises(storage.LockedError, match=f"one: the folder .* is in use by process {process.pid}"),
-        storage.FolderLock(below),
-    ):
-        pass
-    assert not below.exists()
-    with storage.FolderLock(tmp_path / "cache" / "one", shared=True):
-        pass
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with owned_by_another(tmp_path) as pid:
+        refused = pytest.raises(storage.LockedError, match=f"one: the folder .* is in use by process {pid}")
+        with refused, storage.FolderLock(below):
+            pass
+        assert not below.exists()
+        with storage.FolderLock(tmp_path / "cache" / "one", shared=True):
+            pass
     with storage.FolderLock(tmp_path), storage.FolderLock(below), storage.FolderLock(below / "deeper"):
         assert (below / "deeper" / ".lock").exists()
 
 
 @pytest.mark.reliability("R11")
 def test_the_lock_of_a_killed_owner_is_free(tmp_path):
-    code = (
-        "import sys, time; from hybridsim import storage\nwith storage.FolderLock(sys.argv[1]): print(flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    with pytest.raises(storage.LockedError, match=f"process {process.pid}"), storage.FolderLock(tmp_path):
-        pass
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with owned_by_another(tmp_path) as pid, pytest.raises(storage.LockedError, match=f"process {pid}"):
+        storage.FolderLock(tmp_path).__enter__()
     (tmp_path / ".u.nc.99999999-0.part").write_bytes(b"half")
     with storage.FolderLock(tmp_path):
         assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == [".lock"]

@@ -27,6 +27,14 @@ def draw(done, rng, number, when=("before", "half", "after")):
     return {"at": int(rng.integers(1, len(done.calls) + 1)), "when": str(rng.choice(when))}, None
 
 
+def resumed(command, place):
+    """(what is wrong after resuming, the resumed command)."""
+    done = command.resume(place)
+    if done.code != 0:
+        return [f"does not resume: {done.code} {done.err}"], done
+    return command.differences(place) + [f"left: {name}" for name in leftovers(place / "out")], done
+
+
 def killed(command, place, rng, number):
     """One case: what was wrong, or nothing; None if it ended before it was killed."""
     # every fifth begins with an empty cache, so that data and compiled programs are written under fire too
@@ -42,11 +50,7 @@ def killed(command, place, rng, number):
         fault, after = draw(command.warm, rng, 0)
         command.resume(place, fault={"do": "kill", **fault})
         wrong += command.unwhole(place)
-    done = command.resume(place)
-    if done.code != 0:
-        return f"does not resume: {done.code} {done.err} {wrong}"
-    wrong += command.differences(place) + [f"left: {name}" for name in leftovers(place / "out")]
-    return "; ".join(wrong)
+    return "; ".join(wrong + resumed(command, place)[0])
 
 
 def campaign(command, tmp_path, seed, count, one, row, reliability):
@@ -101,14 +105,11 @@ def stopped(command, place, rng, number):
         wrong += [f"went on for {len(chunks)} chunks after it was asked to stop"]
     wrong += command.unwhole(place)
     before = {(s["folder"], s["step"]) for s in found.saved}
-    done = command.resume(place)
-    if done.code != 0:
-        return f"does not resume: {done.code} {done.err} {wrong}"
+    wrong_after, done = resumed(command, place)
     again = before & {(s["folder"], s["step"]) for s in done.saved}
     if again:
         wrong += [f"computed again what was saved: {sorted(again)}"]
-    wrong += command.differences(place) + [f"left: {name}" for name in leftovers(place / "out")]
-    return "; ".join(wrong)
+    return "; ".join(wrong + wrong_after)
 
 
 @pytest.mark.reliability("R3")
@@ -137,11 +138,7 @@ def hurried(command, place, rng, number):
     if "Traceback" in found.err:
         wrong += [f"says {found.err!r}"]
     wrong += command.unwhole(place)
-    done = command.resume(place)
-    if done.code != 0:
-        return f"does not resume: {done.code} {done.err} {wrong}"
-    wrong += command.differences(place) + [f"left: {name}" for name in leftovers(place / "out")]
-    return "; ".join(wrong)
+    return "; ".join(wrong + resumed(command, place)[0])
 
 
 @pytest.mark.reliability("R3")
